@@ -272,6 +272,9 @@ class Data:
         "strict"  # trim answers before the first question and questions after the last answer; join also joins two messages of one role
     )
     learn: Literal["all", "last"] = "all"  # answers that are in the loss: all, or the last one of each conversation
+    truncated_images: Literal["refuse", "read"] = "refuse"  # a PNG or JPEG whose end is missing; read = as far as it goes
+    # what boxes in texts are: pixels of the file, 0 to 1, thousandths; they are converted to the form of the model. as_written = left alone
+    boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SHARD_BYTES = 5 * 10**9  # of a file of weights, the default of transformers
-Metric = Literal["exact_match", "contains", "anls", "rouge_l", "token_accuracy", "perplexity"]
+Metric = Literal["exact_match", "contains", "anls", "rouge_l", "token_accuracy", "perplexity", "iou_50", "point_in_box"]
 
 
 @dataclass(frozen=True, kw_only=True)

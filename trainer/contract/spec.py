@@ -238,6 +238,8 @@ class DataSpec:
     unmarked: Literal["refuse", "first", "last"] = "refuse"
     turns: Literal["strict", "trim", "join"] = "strict"
     learn: Literal["all", "last"] = "all"
+    truncated_images: Literal["refuse", "read"] = "refuse"  # an image file whose end is missing
+    boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"  # what the numbers of boxes in texts are
 
     @property
     def leaves_rows_out(self) -> bool:

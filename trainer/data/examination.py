@@ -8,6 +8,7 @@ from pathlib import Path
 from trainer.contract import DataProblem, TrainSpec
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.found import Position
+from trainer.data.grounding.placement import name_conversion
 from trainer.data.learning_facts import FactTally
 from trainer.data.left_out import LeftOutTally, Use
 from trainer.data.length import LengthTally
@@ -15,7 +16,7 @@ from trainer.data.media.image import Examined
 from trainer.data.rows.row_choice import choose_rows
 from trainer.data.rows.sample import Conversation, Sample, stream_source
 from trainer.data.rows.selection import Numbers, Selection
-from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
+from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems, find_wrong_boxes
 from trainer.data.sources.data_set import DataSet, Side
 from trainer.data.sources.source import AnnotationSource
 from trainer.data.summary import SampleTally
@@ -101,12 +102,13 @@ class DataExamination:
         samples = self.left_out.without(samples, use)
         new = dict.fromkeys(path for sample in samples for path in sample.images if path not in self.images)
         if new:
-            self.images |= examine_images(new)
+            self.images |= examine_images(new, truncated=self.spec.data.truncated_images == "read")
         seen, model = self.seen.get(file), self.spec.model
         fresh = samples if seen is None else [sample for sample in samples if (sample.row, sample.part) not in seen]
         if seen is not None:
             seen.update((sample.row, sample.part) for sample in samples)
         wrong = list(find_problems(fresh, self.images, model.template, model.image_token))
+        wrong += find_wrong_boxes(fresh, self.images, self.spec.data.boxes)
         moved = list(find_moved_boxes(samples, self.spec.data.augmentation)) if use == "train" else []
         bad = {(problem.file, problem.row) for problem in wrong}
         self.wrong += self.left_out.sort_out(wrong, use)
@@ -129,7 +131,8 @@ class DataExamination:
             add = self.facts.add_training if use == "train" else self.facts.add_held_out
             add(sample, self.images, times(sample))
         for sample in fresh:
-            self.samples.add(images=bool(sample.images), adjustments=sample.adjustments)
+            converted = name_conversion(sample, self.spec.data.boxes)
+            self.samples.add(images=bool(sample.images), adjustments=(*sample.adjustments, *converted))
         self.left_out.list_adjusted(samples, use)
         return samples
 

@@ -16,6 +16,7 @@ from trainer.data.chat.segment import Segment, cut
 from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
 from trainer.data.cut import IGNORED, Span, count_cut_images, find_spans
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
+from trainer.data.grounding.placement import make_placement
 from trainer.data.rows.sample import Sample
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class LengthTally:
         training: bool,
     ) -> None:
         data, exact = self.spec.data, counter.always_exact()
+        placement = make_placement(self.spec, processor.scaled)
+        samples = [placement.place(sample, [sizes(path) for path in sample.images]) for sample in samples]
         for sample, segments, count, trained in zip(samples, *counter.count(samples), strict=True):
             spans = [processor.span(sizes(path), index) for index, path in enumerate(sample.images)]
             images = sum(map(len, spans))

@@ -34,6 +34,7 @@ class Processor:
     row is a plain count by which transformers separates packed samples. `images`: its `image_features`. For a packed row, concatenate those
     of its samples along the last dimension, and stack rows along dim=-2: [B, T] or [4, B, T]. None if the samples of a row would attend to
     each other in any case, so that the family does not support packing.
+    `scaled(size)`: (width, height) in pixels that an image of `size` is scaled to, for families whose boxes count those pixels.
     `save(folder)`: writes every file that transformers' own processor of the family needs.
     """
 
@@ -44,3 +45,4 @@ class Processor:
     axes: Mapping[str, int] = field(default_factory=dict)
     text_inputs: Callable[[Tensor], Inputs] = no_inputs
     position_ids: Callable[[Tensor, Sequence[Inputs]], Tensor] | None = count_up
+    scaled: Callable[[tuple[int, int]], tuple[int, int]] | None = None

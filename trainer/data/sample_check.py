@@ -4,11 +4,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from trainer.contract import Augmentation, DataProblem, Template
 from trainer.data.chat.segment import find_template_problems
+from trainer.data.grounding.placement import find_box_problems
 from trainer.data.media.image import Examined, examine_image
 from trainer.data.rows.parsed_row import printable
 from trainer.data.rows.sample import Sample
@@ -20,13 +22,13 @@ BOXES = re.compile(
 CHUNK = 4096  # images submitted at a time: a million futures would take a gigabyte
 
 
-def examine_images(paths: Iterable[Path]) -> dict[Path, Examined]:
+def examine_images(paths: Iterable[Path], *, truncated: bool = False) -> dict[Path, Examined]:
     """Decode and hash every image once, on all cores: Pillow and hashlib release the global interpreter lock."""
     distinct = iter(dict.fromkeys(paths))
     found: dict[Path, Examined] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(distinct, CHUNK)):
-            found.update(zip(chunk, pool.map(examine_image, chunk), strict=True))
+            found.update(zip(chunk, pool.map(partial(examine_image, truncated=truncated), chunk), strict=True))
     return found
 
 
@@ -45,8 +47,15 @@ def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterato
                 row=sample.row,
                 field="image",
                 problem=printable(f"{path} {images[path].problem}"),
-                fix="replace the image file, or remove the row",
+                fix=images[path].fix,
             )
+
+
+def find_wrong_boxes(samples: Iterable[Sample], images: dict[Path, Examined], boxes: str) -> Iterator[DataProblem]:
+    """Boxes outside of their image. `boxes`: data.boxes."""
+    for sample in samples:
+        if not any(images[path].problem for path in sample.images):
+            yield from find_box_problems(sample, [images[path].size for path in sample.images], boxes)
 
 
 def find_moved_boxes(samples: Iterable[Sample], augmentation: Augmentation) -> Iterator[DataProblem]:

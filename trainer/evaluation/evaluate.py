@@ -11,10 +11,13 @@ from transformers import GenerationConfig
 
 from trainer.checkpoint.journal import Journal, Row, write_rows
 from trainer.contract import SAMPLES_FILE, TrainSpec
-from trainer.data.batch.collate import collate, collate_prompts
+from trainer.data.batch.collate import collate, collate_prompts, reads_truncated
 from trainer.data.encode import IGNORED
+from trainer.data.grounding.placement import Placement, make_placement
+from trainer.data.media.image import read_size
 from trainer.data.rows.sample import Sample
 from trainer.distributed.collective import gather_objects
+from trainer.evaluation.box_metric import BOX_METRICS, as_shares, rate_boxes
 from trainer.evaluation.teacher_forcing import TEACHER_FORCED_METRICS, TokenScores, add_scores, figures, score_tokens
 from trainer.evaluation.text_metric import TEXT_METRICS, rate
 from trainer.generation.text_reader import end_ids, read_answer
@@ -83,12 +86,15 @@ def answer_batches(batches: Iterable[NumberedBatch], answer: Callable[[NumberedB
 
 
 def total_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
-    """The scores of all rows, each summed in the order of the samples. token_accuracy and perplexity are over all tokens, not means over
-    samples."""
+    """The scores of all rows, each summed in the order of the samples; those of boxes over the rows that have some. token_accuracy and
+    perplexity are over all tokens, not means over samples."""
     scores = {"exact_match": sum(row["match"] for row in rows) / max(1, len(rows)), "count": float(len(rows))}
     for name in metrics:
         if name in TEXT_METRICS and name != "exact_match":
             scores[name] = sum((row["scores"][name] for row in rows), 0.0) / max(1, len(rows))
+        if name in BOX_METRICS:
+            found = [row["scores"][name] for row in rows if name in row.get("scores", {})]
+            scores |= {name: sum(found, 0.0) / max(1, len(found)), f"{name}_count": float(len(found))}
     if any(name in TEACHER_FORCED_METRICS for name in metrics) and rows:
         scores |= figures(add_scores([TokenScores(**row["judged"]) for row in rows]), metrics)
     return scores
@@ -147,6 +153,7 @@ def make_answerer(
     model: torch.nn.Module, processor: Processor, spec: TrainSpec, device: torch.device, *, together: bool
 ) -> Callable[[NumberedBatch], list[Row]]:
     tokenizer, end_mark = processor.tokenizer, spec.model.template.end_mark
+    placement = make_placement(spec, processor.scaled)
     forced = any(name in TEACHER_FORCED_METRICS for name in spec.evaluation.metrics)
     # Every value is set: a missing one would be taken from the generation config of the checkpoint.
     config = GenerationConfig(
@@ -167,16 +174,20 @@ def make_answerer(
             score_tokens(model, [sample for _, sample in batch_samples], processor, spec, device) if forced else [None] * len(batch_samples)
         )
         return [
-            make_row(place, sample, reference, text.strip(), spec, scores_of_sample)
+            make_row(place, sample, reference, text.strip(), spec, scores_of_sample, placement)
             for (place, sample), reference, text, scores_of_sample in zip(batch_samples, references, texts, token_scores, strict=True)
         ]
 
     return answer
 
 
-def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSpec, token_scores: TokenScores | None) -> Row:
-    """`scores`: the metrics other than exact_match, if there are any."""
+def make_row(
+    place: int, sample: Sample, reference: str, got: str, spec: TrainSpec, token_scores: TokenScores | None, placement: Placement
+) -> Row:
+    """`scores`: the metrics other than exact_match, if there are any. `boxes`: of both answers, where a metric of boxes is asked for."""
     metrics = spec.evaluation.metrics
+    if placement.wanted(sample):
+        sample = placement.place(sample, read_sizes(sample, spec))
     accepted = tuple(dict.fromkeys((reference, *sample.accepted)))
     row: Row = {
         "row": sample.row,
@@ -190,10 +201,25 @@ def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSp
     if sample.accepted:
         row["accepted"] = list(sample.accepted)
     scores = {name: rate(name, got, accepted) for name in metrics if name in TEXT_METRICS and name != "exact_match"}
+    if any(name in BOX_METRICS for name in metrics):
+        scores |= {name: score for name in metrics if name in BOX_METRICS and (score := rate_boxes(name, got, accepted)) is not None}
+        row |= shown_boxes(sample, reference, got, spec, placement)
     if token_scores is not None:
         row["judged"] = asdict(token_scores)
         scores |= figures(token_scores, metrics)
     return row | ({"scores": scores} if scores else {})
+
+
+def read_sizes(sample: Sample, spec: TrainSpec) -> list[tuple[int, int]]:
+    return [read_size(path, truncated=reads_truncated(spec)) for path in sample.images]
+
+
+def shown_boxes(sample: Sample, reference: str, got: str, spec: TrainSpec, placement: Placement) -> Row:
+    """{"boxes": {"expected", "got"}}: for each box or point its numbers as shares of width and height. Only of a sample with one image."""
+    if len(sample.images) != 1:
+        return {}
+    size = placement.target(read_sizes(sample, spec)[0])
+    return {"boxes": {"expected": as_shares(reference, size), "got": as_shares(got, size)}}
 
 
 def name_images(sample: Sample, root: Path) -> list[str]:

@@ -20,7 +20,9 @@ def compare_rows(rows: Sequence[Row], base: Sequence[Row], metrics: Sequence[str
 
 
 def figure(row: Row, metric: str) -> float:
-    return float(row["match"]) if metric == "exact_match" else float(row["scores"][metric])
+    return (
+        float(row["match"]) if metric == "exact_match" else float(row.get("scores", {}).get(metric, 0.0))
+    )  # rows without boxes have no score of boxes
 
 
 def find_change(now: float, before: float, metric: str) -> Change:

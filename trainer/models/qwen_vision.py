@@ -71,17 +71,13 @@ def assemble(
         grids = [picture["image_grid_thw"][0, 1:] // images.merge_size for picture in pictures]
         return rotary_positions(input_ids, image, [(int(rows), int(columns)) for rows, columns in grids])
 
+    least, most = images.size["shortest_edge"], images.size["longest_edge"]
+    grid = Grid(before=(before,), image=image, after=(after,), unit=unit, min_pixels=least, max_pixels=most)
     return Processor(
         tokenizer=tokenizer,
         image_features=image_features,
-        span=Grid(
-            before=(before,),
-            image=image,
-            after=(after,),
-            unit=unit,
-            min_pixels=images.size["shortest_edge"],
-            max_pixels=images.size["longest_edge"],
-        ),
+        span=grid,
+        scaled=grid.scaled,
         save=processor_writer(model, tokenizer, images, kind, mark, **settings),
         position_ids=position_ids,
     )

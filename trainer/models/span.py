@@ -42,6 +42,11 @@ class Grid:
         columns, rows = self.cells(size)
         return (*self.before, *(self.image,) * (columns * rows), *self.after)
 
+    def scaled(self, size: Size) -> Size:
+        """The size in pixels that the processor scales an image to."""
+        columns, rows = self.cells(size)
+        return columns * self.unit, rows * self.unit
+
     def cells(self, size: Size) -> Size:
         """(columns, rows) of tokens."""
         unit, (width, height) = self.unit, size

@@ -22,7 +22,7 @@ from trainer.contract import (
 )
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
-from trainer.data.batch.collate import Features
+from trainer.data.batch.collate import Features, reads_truncated
 from trainer.data.batch.load import prefetch
 from trainer.data.media.image import hash_file, open_image, read_size
 from trainer.data.media.store import store_of
@@ -159,7 +159,7 @@ def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable
             key = hash_file(path)
         except OSError as error:
             raise InputRefused(f"{path}: cannot be read: {error.strerror}\n    put the image there, or correct the path") from error
-        return cache.get(key, lambda: answerer.image_features(open_image(path)), lambda _: 1)
+        return cache.get(key, lambda: answerer.image_features(open_image(path, truncated=reads_truncated(answerer.spec))), lambda _: 1)
 
     def prepare(request: Request) -> Prepared | str:
         question = Question(

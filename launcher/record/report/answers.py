@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.record.reader import nested
 from launcher.record.run_files import RunFiles
@@ -16,6 +16,7 @@ from launcher.record.run_files import RunFiles
 MAX_SAMPLES = 24  # per run
 MAX_IMAGES = 4  # per sample
 MAX_SCORES, MAX_NAME = 12, 40  # per sample; characters of a name
+MAX_BOXES, POINT = 50, 0.04  # boxes of an answer that are drawn; the side of a point, of that of the image
 MAX_TEXT = 2_000  # characters of a question or an answer
 SIDE = 160  # pixels that an image is scaled to
 MAX_FILE_BYTES = 64 * 2**20
@@ -34,6 +35,17 @@ class AnswerImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownBox:
+    """A box over the image, in per cent of its width and height. `kind`: of the accepted answer, or of the model's."""
+
+    kind: Literal["expected", "got"]
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShownAnswer:
     """Texts are as in the record, not escaped. `scores`: metrics other than the match. `base`: the answer of the base model, and `change`:
     whether this one is better or worse; '' without a base."""
@@ -47,6 +59,7 @@ class ShownAnswer:
     scores: str = ""
     base: str = ""
     change: str = ""
+    boxes: tuple[ShownBox, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +95,23 @@ def show_answer(answer: Mapping[str, Any], root: Path, images: ImageBudget) -> S
         scores=describe_scores(answer.get("scores")),
         base=shortened(nested(answer, "base", "got")),
         change=change_of(answer),
+        boxes=(*read_boxes(answer, "expected"), *read_boxes(answer, "got")) if len(names) == 1 else (),
     )
+
+
+def read_boxes(answer: Mapping[str, Any], kind: Literal["expected", "got"]) -> tuple[ShownBox, ...]:
+    """The boxes of a row, at most MAX_BOXES; a point is a small one. Values that are not numbers from 0 to 1 are left out."""
+    listed = nested(answer, "boxes", kind)
+    found = []
+    for box in listed[:MAX_BOXES] if isinstance(listed, list) else ():
+        if not isinstance(box, list) or len(box) not in (2, 4) or not all(type(share) in (int, float) and 0 <= share <= 1 for share in box):
+            continue
+        left, top = box[:2] if len(box) == 4 else (box[0] - POINT / 2, box[1] - POINT / 2)
+        right, bottom = box[2:] if len(box) == 4 else (left + POINT, top + POINT)
+        if right >= left and bottom >= top:
+            x, y, width, height = (round(100 * share, 2) for share in (left, top, right - left, bottom - top))
+            found.append(ShownBox(kind=kind, x=x, y=y, width=width, height=height))
+    return tuple(found)
 
 
 def change_of(answer: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def test_an_image_of_many_rows_is_examined_once(spec, write_data, tmp_path, monk
     write_data(1)
     (tmp_path / "train.json").write_text(json.dumps([conversation("0.png", number) for number in range(30)]))
     opened = []
-    monkeypatch.setattr("trainer.data.sample_check.examine_image", lambda path: opened.append(path) or Examined(sha256=""))
+    monkeypatch.setattr("trainer.data.sample_check.examine_image", lambda path, **_: opened.append(path) or Examined(sha256=""))
     assert check_data(spec).images == 1
     assert opened == [tmp_path / "0.png"]
 

@@ -47,8 +47,8 @@ def measure_with(
     processor: Any, samples: list[Sample], sizes: dict[Path, tuple[int, int]], template: Any, image_token: str, *, max_length: int
 ) -> Lengths:
     model, data = (
-        SimpleNamespace(template=template, image_token=image_token),
-        SimpleNamespace(max_length=max_length, too_long="refuse", bad_rows="refuse"),
+        SimpleNamespace(template=template, image_token=image_token, family="llava"),
+        SimpleNamespace(max_length=max_length, too_long="refuse", bad_rows="refuse", boxes="as_written"),
     )
     return measure(samples, sizes, SimpleNamespace(model=model, data=data), processor)
 

@@ -9,18 +9,20 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 
 import trainer.evaluation.evaluate
 from tests.trainer.mortal import expect, run_ranks
 from trainer.contract import RESULT_FILE, Evaluation, InputRefused, Metric, StageSpec, TrainSpec
 from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
+from trainer.evaluation.box_metric import BOX_METRICS
 from trainer.evaluation.score_change import compare_rows
 from trainer.models import find_family
 from trainer.programs.evaluate import run_program
 
 PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
-EVERY: tuple[Metric, ...] = get_args(Metric)
+EVERY: tuple[Metric, ...] = tuple(name for name in get_args(Metric) if name not in BOX_METRICS)
 SAMPLES = 22
 
 
@@ -161,3 +163,31 @@ def test_any_of_the_accepted_answers_is_right(assessing: Callable[..., TrainSpec
     other = replace(assessing("other", metrics=("exact_match", "anls"), limit=0), data=data)
     assert run_program(other, PLACE, {}).evaluation == {"exact_match": 1.0, "anls": 1.0, "count": 1.0}
     assert rows_of(other)[0]["accepted"] == ["7", row["got"]]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_boxes_are_scored_and_shown(assessing: Callable[..., TrainSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with objects of ms-swift, and one without boxes; the model's answers are given instead of generated."""
+    given = iter(["[(50,100),(250,300)]", "[(60,110),(260,310)]", "no box", "[(900,900),(950,950)] [(50,100),(250,300)]"])
+    monkeypatch.setattr("trainer.evaluation.evaluate.read_answer", lambda *_: next(given))
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    ask = {"role": "user", "content": "<image>Find the <ref-object>."}
+    grounded = {
+        "messages": [ask, {"role": "assistant", "content": "<bbox>"}],
+        "images": ["a.png"],
+        "objects": {"ref": ["dog"], "bbox": [[10, 10, 50, 30]]},
+    }
+    plain = {"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "no box"}], "images": ["a.png"]}
+    (tmp_path / "rows.json").write_text(json.dumps([grounded, grounded, plain, grounded]))
+    spec = assessing("run", metrics=("iou_50", "point_in_box"), max_new_tokens=1)
+    spec = replace(spec, data=replace(spec.data, builtin="", evaluation=str(tmp_path / "rows.json"), images=str(tmp_path)))
+    scores = run_program(spec, PLACE, {}).evaluation
+    assert scores == {
+        "exact_match": 0.5, "count": 4.0, "iou_50": pytest.approx(2.5 / 3), "iou_50_count": 3.0, "point_in_box": pytest.approx(2 / 3), "point_in_box_count": 3.0,
+    }  # fmt: skip
+    rows = rows_of(spec)
+    assert (rows[0]["prompt"], rows[0]["expected"]) == ("<image>Find the dog.", "[(50,100),(250,300)]")
+    assert rows[1]["boxes"] == {"expected": [[0.05, 0.1, 0.25, 0.3]], "got": [[0.06, 0.11, 0.26, 0.31]]}
+    assert "scores" not in rows[2] and rows[2]["boxes"] == {"expected": [], "got": []}
+    compared = compare_rows(rows, [{**row, "scores": {"iou_50": 0.0}} for row in rows], ("iou_50",))
+    assert [row["base"]["change"] for row in compared] == ["better", "better", "same", "better"]

@@ -139,7 +139,7 @@ def test_rows_that_cannot_be_answered_are_told_and_the_others_done(asking: Calla
         run_program(spec, PLACE, {})
     said = str(failed.value)
     assert said.startswith(f"3 of 40 rows of {rows} could not be answered")
-    assert "row 38: " in said and "is not an image in a supported format" in said
+    assert "row 38: " in said and "is JSON, not an image" in said
     assert f"row 39: {tmp_path / 'none.png'}: cannot be read: No such file" in said
     assert said.count("row 40: ") == 1 and "no space for an answer in the model's context of 128" in said
     found = answers_of(spec)

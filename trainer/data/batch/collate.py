@@ -15,6 +15,7 @@ from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.draw import image_key, noise_spans
 from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt
+from trainer.data.grounding.placement import make_placement
 from trainer.data.media.augment import augment
 from trainer.data.media.image import open_image
 from trainer.data.rows.sample import Sample
@@ -66,7 +67,10 @@ def collate_prompts(
     """
     cache = Cache(0) if cache is None else cache
     images = [load_images(sample, processor, spec, cache) for sample in samples]
-    prompts = [encode_prompt(sample, *encode_arguments(processor, spec, found)) for sample, found in zip(samples, images, strict=True)]
+    prompts = [
+        encode_prompt(place_boxes(sample, found, processor, spec), *encode_arguments(processor, spec, found))
+        for sample, found in zip(samples, images, strict=True)
+    ]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     tensors = collate_left([prompt.input_ids for prompt in prompts], [image for found in images for image in found], dummy, processor)
     return tensors, tuple(prompt.reference for prompt in prompts)
@@ -93,17 +97,23 @@ def load_images(sample: Sample, processor: "Processor", spec: TrainSpec, cache: 
     """Augmented ones are different in every step, and are not kept in the cache."""
     if sample.draw and spec.data.augmentation.any:
         return tuple(draw_image(path, sample, index, processor, spec) for index, path in enumerate(sample.images))
-    return tuple(load_image(path, sample, processor, cache) for path in sample.images)
+    return tuple(load_image(path, sample, processor, spec, cache) for path in sample.images)
 
 
 def draw_image(path: Path, sample: Sample, index: int, processor: "Processor", spec: TrainSpec) -> Features:
     with naming_row(sample):
-        return make_features(augment(open_image(path), spec.data.augmentation, image_key(sample, index, spec)), processor)
+        return make_features(
+            augment(open_image(path, truncated=reads_truncated(spec)), spec.data.augmentation, image_key(sample, index, spec)), processor
+        )
 
 
-def load_image(path: Path, sample: Sample, processor: "Processor", cache: Cache) -> Features:
+def load_image(path: Path, sample: Sample, processor: "Processor", spec: TrainSpec, cache: Cache) -> Features:
     with naming_row(sample):
-        return cache.get(path, lambda: make_features(open_image(path), processor), feature_bytes)
+        return cache.get(path, lambda: make_features(open_image(path, truncated=reads_truncated(spec)), processor), feature_bytes)
+
+
+def reads_truncated(spec: TrainSpec) -> bool:
+    return spec.data.truncated_images == "read"
 
 
 @contextmanager
@@ -125,7 +135,8 @@ def feature_bytes(features: Features) -> int:
 
 def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, images: Sequence[Features], cache: Cache) -> Encoded:
     def make() -> Encoded:
-        return encode(sample, *encode_arguments(processor, spec, images), cuts=spec.data.too_long == "cut")
+        placed = place_boxes(sample, images, processor, spec)
+        return encode(placed, *encode_arguments(processor, spec, images), cuts=spec.data.too_long == "cut")
 
     key = (
         sample.file,
@@ -134,6 +145,11 @@ def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, image
         *(image.size for image in images),
     )  # the size in a header may differ from that of the decoded image
     return cache.get(key, make, lambda encoded: BYTES_PER_TOKEN * len(encoded.input_ids))
+
+
+def place_boxes(sample: Sample, images: Sequence[Features], processor: "Processor", spec: TrainSpec) -> Sample:
+    """With boxes as the model writes them. Raises InputRefused for boxes outside of their image."""
+    return make_placement(spec, processor.scaled).place(sample, [image.size for image in images])
 
 
 def encode_arguments(processor: "Processor", spec: TrainSpec, images: Sequence[Features]) -> tuple[Any, ...]:

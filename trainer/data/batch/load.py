@@ -13,7 +13,7 @@ from trainer.contract import InputRefused, TrainSpec
 from trainer.contract.row_sets.row_set import describe_entries
 from trainer.data.batch.assign_to_ranks import Measure, Micro, share_of_rank
 from trainer.data.batch.cache import Cache
-from trainer.data.batch.collate import Features, collate, encode_cached, naming_row
+from trainer.data.batch.collate import Features, collate, encode_cached, naming_row, reads_truncated
 from trainer.data.batch.draw import mark_draw
 from trainer.data.batch.length_table import LengthTable, private_table
 from trainer.data.batch.pack import collate_packed, collate_unpadded
@@ -115,15 +115,15 @@ def keep_lengths(samples: Samples, processor: "Processor", spec: TrainSpec, cach
 
     def count(number: int) -> int:
         sample = samples[number]
-        return len(encode_cached(sample, processor, spec, image_sizes(sample), cache).input_ids)
+        return len(encode_cached(sample, processor, spec, image_sizes(sample, spec), cache).input_ids)
 
     return lambda numbers: table.measure(numbers, count)
 
 
-def image_sizes(sample: Sample) -> list[Features]:
+def image_sizes(sample: Sample, spec: TrainSpec) -> list[Features]:
     """The sizes of a sample's images from the file headers, without tensors."""
     with naming_row(sample):
-        return [Features(tensors={}, size=read_size(path)) for path in sample.images]
+        return [Features(tensors={}, size=read_size(path, truncated=reads_truncated(spec))) for path in sample.images]
 
 
 def prefetch(make: Callable[[Item], Made], items: Iterator[Item], workers: int, ahead: int) -> Generator[Made, None, None]:

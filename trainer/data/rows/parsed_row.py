@@ -43,10 +43,12 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReference:
-    """`name`: the path of an image as written. A value of another type is kept, and reported by the checks."""
+    """`name`: the path of an image as written. A value of another type is kept, and reported by the checks. `exists`: there is a file (not
+    looked for before `trainer.data.rows.image_path`)."""
 
     name: Any
     field: str
+    exists: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

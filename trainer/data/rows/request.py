@@ -9,9 +9,10 @@ from trainer.contract import LINE_FEED, DataProblem, ImageForm, InputRefused, de
 from trainer.contract.wording import plural
 from trainer.data.containers.annotation import read_rows
 from trainer.data.media.store import MediaStore
+from trainer.data.rows.image_path import find_image, path_text
 from trainer.data.rows.inline_image import keep_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
-from trainer.data.rows.row_check import check_name, check_text, path_text, refuse_unread
+from trainer.data.rows.row_check import check_name, check_text, refuse_unread
 from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images, without_empty
 from trainer.data.rows.sample import Message, collect_problems
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
@@ -65,7 +66,7 @@ def read_request(
         row=number,
         id=row["id"] if isinstance(row.get("id"), str | int) else None,
         messages=tuple(Message(role=turn.role, content=turn.content) for turn in turns),
-        images=tuple(folder / path_text(image.name) for image in images),
+        images=tuple(folder / path_text(find_image(image, folder)[0].name) for image in images),
     ), problems
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from trainer.contract.wording import plural
+from trainer.data.rows.image_path import path_text, suggest
 from trainer.data.rows.parsed_row import MARK, REPORTED, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, shorten
 from trainer.data.rows.row_images import IMAGE_KEYS
 
@@ -29,7 +30,6 @@ IMAGE_MEANT = {
 FETCH = "save it with omnilaunch data fetch, then give the path of the file that it writes"
 SHOWN = 300  # characters of a path
 NO_FILE = "no image file at "
-GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
 def refuse_unread(row: Row, add_problem: AddProblem) -> None:
@@ -45,8 +45,6 @@ def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProb
         return
     for turn in parsed.turns:
         check_text(turn, add_problem)
-        if row.get("objects") and any(mark in turn.content for mark in GROUNDING):
-            add_problem(turn.text_field, "ms-swift's objects are not supported", "write the boxes into the text as the model writes them")
     check_order(parsed, add_problem)
     if check_image_key(parsed, row, add_problem):
         check_marks(parsed, add_problem)
@@ -95,10 +93,11 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
 
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
-    if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
-        problem = f"{NO_FILE}{shorten(str(folder / path_text(image.name)), SHOWN)}"
+    if check_name(image, add_problem) and not image.exists and not is_file(folder / path_text(image.name)):
+        problem, near = f"{NO_FILE}{shorten(str(folder / path_text(image.name)), SHOWN)}", suggest(image.name, folder)
+        hint = f"write {near!r} if that is meant; else " if near else ""
         parts = [part.strip() for part in image.name.split(",")]
-        fix = f"put the file there, or set data.images (now {folder}) to the folder of the images"
+        fix = f"{hint}put the file there, or set data.images (now {folder}) to the folder of the images"
         if len(parts) > 1 and all(is_file(folder / part) for part in parts):
             fix = f"write several images as a list: {shorten(json.dumps(parts), SHOWN)}"
         add_problem(image.field, problem, fix)
@@ -122,10 +121,6 @@ def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
         add_problem(image.field, f"{name[:60]!r} is not a file; images are not downloaded", FETCH)
         return False
     return True
-
-
-def path_text(name: str) -> str:
-    return name.removeprefix("file://")
 
 
 def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> bool:

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 from trainer.contract import LINE_FEED, DataProblem, ImageForm
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import Position, read_rows, stream_rows
+from trainer.data.grounding.objects import Objects, read_objects
 from trainer.data.media.store import MediaStore
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
+from trainer.data.rows.image_path import find_images, path_text
 from trainer.data.rows.inline_image import keep_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
-from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
+from trainer.data.rows.row_check import check_parsed, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.selection import Selection
@@ -55,6 +57,8 @@ class Sample:
     accepted: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     adjustments: tuple[str, ...] = ()
+    objects: Objects | None = None  # boxes for the marks <bbox> and <ref-object> in its texts
+    placed: bool = False  # whether boxes are in the form of the model (trainer.data.grounding.placement)
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
@@ -171,12 +175,15 @@ def read_row(
     if source.columns is not None:
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
     refuse_unread(row, add_problem)
-    parsed, adjustments = parse_row(row, add_problem), ()
+    parsed, adjustments, objects = parse_row(row, add_problem), (), None
     if parsed is not None and parsed.images:
         parsed = replace(parsed, images=keep_images(parsed.images, source.images, source.store, add_problem))
     if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
         parsed, adjustments = adjust(parsed, form, source.rules)
+        parsed, renamed = find_images(parsed, source.images)
+        adjustments += renamed
         check_parsed(parsed, row, source.images, add_problem)
+        objects = read_objects(row, parsed, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems
     identity = number if row.get("id") is None else row["id"]
@@ -190,6 +197,7 @@ def read_row(
         accepted=read_accepted(row),
         tools=parsed.tools,
         adjustments=adjustments,
+        objects=objects,
     ), problems
 
 

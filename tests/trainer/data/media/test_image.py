@@ -1,4 +1,5 @@
 import hashlib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,18 +69,27 @@ def broken(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-600])
 
 
+def bomb(path: Path) -> None:
+    """The header of a PNG of 400 million pixels."""
+    Image.new("L", (1, 1)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = (20_000).to_bytes(4) * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4)
+    path.write_bytes(content)
+
+
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated.png": (broken, "truncated"),
     "truncated.jpg": (broken, "truncated"),
     "text.png": (lambda path: path.write_text("not an image"), "is not an image in a supported format"),
-    "empty.png": (lambda path: path.write_bytes(b""), "is not an image in a supported format"),
+    "empty.png": (lambda path: path.write_bytes(b""), "is empty"),
     "drawing.eps": (
         lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n"),
-        "is not an image in a supported format",
+        "is a PostScript document",
     ),
     "strip.png": (lambda path: Image.new("L", (201, 1)).save(path), "201x1 pixels: one side is more than 200 times the other"),
-    "float.tiff": (lambda path: Image.new("F", (2, 2)).save(path), "floating-point"),
-    "bomb.png": (lambda path: Image.new("1", (10_000, 9_000)).save(path), "pixels"),
+    "float.tiff": (lambda path: Image.new("F", (2, 2), -1.5).save(path), "floating-point pixels from -1.5 to -1.5 have no known range"),
+    "bomb.png": (bomb, "20000x20000 pixels are more than the limit of 357913940"),
     "folder.png": (lambda path: path.mkdir(), "Is a directory"),
     "absent.png": (lambda _: None, "No such file"),
 }

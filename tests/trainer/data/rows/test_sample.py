@@ -125,8 +125,8 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "two system messages": (row(SYSTEM, ASK, TELL) | {"system": "Be long."}, [("system", "another system message in conversations[0]")]),
     "system not a string": (row(ASK, TELL) | {"system": ["Be long."]}, [("system", "is a list, not a string")]),
     "swift's objects": (
-        row({"from": "human", "value": "<image> <bbox>"}, TELL) | {"objects": {"bbox": [[1, 2, 3, 4]]}},
-        [("conversations[0].value", "ms-swift's objects are not supported")],
+        row({"from": "human", "value": "<image> <bbox>"}, TELL) | {"objects": {"bbox": [[1, 2, 3, 4]] * 2}},
+        [("objects.bbox", "has 2 entries, and the texts have 1 <bbox> marks")],
     ),
     "two problems at once": (row(ASK, image="c.png"), [("image", "no image file"), ("conversations", "without an answer")]),
 }
