@@ -257,6 +257,8 @@ class Data:
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
+    reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
+    question: str = ""  # of rows that have an image and its caption, and no question
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -185,6 +185,7 @@ class DataSpec:
     `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
     `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
+    `reasoning`: of answers, under a key or in a block of its own. `question`: of rows with an image and its caption; '' = they are refused.
     """
 
     name: str
@@ -202,6 +203,8 @@ class DataSpec:
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
+    reasoning: Literal["keep", "strip"] = "keep"
+    question: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

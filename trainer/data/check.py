@@ -12,6 +12,7 @@ from trainer.data.digits import QUESTIONS, write_digits
 from trainer.data.examination import DataExamination, SourceTally
 from trainer.data.kept_check import find_check, keep_check, key_of_check
 from trainer.data.media.image import hash_file
+from trainer.data.rows.row_rules import DEFAULT, RowRules, rules_of
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
@@ -21,11 +22,12 @@ REUSED = "data: files and rules are unchanged since an earlier check, whose resu
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
     """The paths of the data. `train` and `evaluation` are None when the spec has none. `images` None: image paths start at the folder of
-    the file that has them."""
+    the file that has them. `rules`: how rows are read."""
 
     train: Path | None
     evaluation: Path | None
     images: Path | None
+    rules: RowRules = DEFAULT
 
     def images_of(self, file: Path) -> Path:
         """The folder that the image paths of an annotation file start at."""
@@ -118,6 +120,7 @@ def resolve(data: DataSpec) -> DataPaths:
         train=root / train if train else None,
         evaluation=root / evaluation if evaluation else None,
         images=root / images if images else None,
+        rules=rules_of(data),
     )
 
 

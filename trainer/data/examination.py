@@ -13,6 +13,7 @@ from trainer.data.containers.annotation import Position
 from trainer.data.learning_facts import FactTally
 from trainer.data.length import LengthTally
 from trainer.data.media.image import Examined
+from trainer.data.rows.row_rules import rules_of
 from trainer.data.rows.sample import Sample, stream_source
 from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
 from trainer.data.sources.source import AnnotationSource, find_sources
@@ -47,7 +48,7 @@ class DataExamination:
 
     def read(self, training: Path | None, held_out: Path | None, images_of: Callable[[Path], Path]) -> None:
         files = tuple(dict.fromkeys(file for file in (training, held_out) if file))
-        found = {file: find_sources(file, images_of(file)) for file in files}
+        found = {file: find_sources(file, images_of(file), rules_of(self.spec.data)) for file in files}
         read = [source.file for sources, _ in found.values() for source in sources]
         self.seen = {file: set() for file, count in Counter(read).items() if count > 1}
         progress = ReadingProgress(self.say, read)

@@ -46,7 +46,7 @@ def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEE
     """Raises InputRefused with every problem: skipping bad rows would silently change the data set. `form`: of images in rows to ask."""
     if file is None:
         return ()
-    samples, problems = read_samples(file, paths.images_of(file), form)
+    samples, problems = read_samples(file, paths.images_of(file), form, paths.rules)
     if problems:
         raise InputRefused("\n".join(describe_groups(problems, SHOWN_CAUSES)))
     return samples
@@ -59,7 +59,7 @@ def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, s
     if file is None:
         return (), ""
     try:
-        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER))
+        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER), paths.rules)
     except OSError as error:
         raise InputRefused(f"{file} cannot be read: {error}\n    set data.train to the path of a readable file") from error
     if indexed is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.contract import ImageForm
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
+from trainer.data.rows.reasoning import STRIPPED
 from trainer.data.rows.row_images import insert_marks, join_parts
 
 # What chat templates end an answer with. The template of the model adds its own, so that one in the data would be trained twice.
@@ -36,15 +37,20 @@ class PathInText:
     text: str
 
 
-def adjust(parsed: ParsedRow, form: ImageForm) -> tuple[ParsedRow, tuple[str, ...]]:
-    """The row as it was meant, and what was changed. `form`: of an image without a mark."""
+def adjust(parsed: ParsedRow, form: ImageForm, *, strip: bool = False) -> tuple[ParsedRow, tuple[str, ...]]:
+    """The row as it was meant, and what was changed. `form`: of an image without a mark. `strip`: leave out reasoning."""
     if parsed.turns is None:
         return parsed, ()
     placed = IMAGE_FIRST if form.place == "before" else IMAGE_LAST
     marked = insert_marks(parsed.turns, 1, form) if len(parsed.images) == 1 else parsed.turns
     turns = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in marked)
-    changes = ((placed, marked != parsed.turns), (END_MARK, turns != marked))
-    return replace(parsed, turns=join_parts(turns, form)), tuple(name for name, changed in changes if changed)
+    changes = [(placed, marked != parsed.turns), (END_MARK, turns != marked)]
+    if strip and any(turn.reasoning for turn in turns):
+        turns = tuple(replace(turn, reasoning="") for turn in turns)
+        changes.append((STRIPPED, True))
+    earlier = (*parsed.adjustments, *(name for turn in turns for name in turn.adjustments))
+    names = dict.fromkeys((*earlier, *(name for name, changed in changes if changed)))
+    return replace(parsed, turns=join_parts(turns, form)), tuple(names)
 
 
 def without_end_mark(answer: str) -> str:

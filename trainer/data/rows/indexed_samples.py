@@ -13,6 +13,7 @@ from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import describe
 from trainer.data.containers.row_index import RowIndex, open_index
 from trainer.data.media.image import hash_file
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.sample import Sample, read_row, split_row
 from trainer.data.sources.source import AnnotationSource, find_sources
 
@@ -79,15 +80,15 @@ class IndexedSamples:
                     yield end - len(each) + int(place), name, int(numbers[place])
 
 
-def open_samples(file: Path, images: Path, folder: Path) -> IndexedSamples | None:
+def open_samples(file: Path, images: Path, folder: Path, rules: RowRules = DEFAULT) -> IndexedSamples | None:
     """The samples by index, if the files are large; None for those that are read whole, and those with a problem that reading them reports.
     `folder`: for the indexes. Raises OSError, InputRefused."""
-    sources, problems = find_sources(file, images)
+    sources, problems = find_sources(file, images, rules)
     size = sum(source.file.stat().st_size if source.file.is_file() else 0 for source in sources)
-    return None if problems or size < LARGE_BYTES else index_samples(file, images, folder)
+    return None if problems or size < LARGE_BYTES else index_samples(file, images, folder, rules)
 
 
-def index_samples(file: Path, images: Path, folder: Path) -> IndexedSamples:
+def index_samples(file: Path, images: Path, folder: Path, rules: RowRules = DEFAULT) -> IndexedSamples:
     """Raises OSError, and InputRefused for a list that is not JSON."""
-    sources, _ = find_sources(file, images)
+    sources, _ = find_sources(file, images, rules)
     return IndexedSamples([IndexedSource(source=source, index=open_index(source.file, folder)) for source in sources])

@@ -1,7 +1,7 @@
 """Read the input file of stage infer: questions without answers, {"prompt", "image" or "images"} or {"messages", "images"}."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from trainer.data.containers.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
 from trainer.data.rows.row_check import check_name, check_text, path_text, refuse_unread
 from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
-from trainer.data.rows.sample import Message, collect_problems
+from trainer.data.rows.sample import Message, as_message, collect_problems
+from trainer.data.rows.tool import TOOL_KEYS
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
 SHOWN = 20  # causes in a message
@@ -50,6 +51,11 @@ def read_request(row: Any, number: int, file: Path, folder: Path, form: ImageFor
         add_problem("", f"is {kind(row)}, not an object", f"write a row as {EXAMPLE}")
         return None, problems
     refuse_unread(row, add_problem)
+    for key in TOOL_KEYS:
+        if row.get(key):
+            add_problem(
+                key, "tools are not supported in questions", "write them into the system message, as the chat template of the model does"
+            )
     turns, images = read_question(row, add_problem)
     for image in images:
         check_name(image, add_problem)
@@ -59,7 +65,7 @@ def read_request(row: Any, number: int, file: Path, folder: Path, form: ImageFor
     return Request(
         row=number,
         id=row["id"] if isinstance(row.get("id"), str | int) else None,
-        messages=tuple(Message(role=turn.role, content=turn.content) for turn in turns),
+        messages=tuple(replace(as_message(turn), in_loss=True) for turn in turns),
         images=tuple(folder / path_text(image.name) for image in images),
     ), problems
 

@@ -14,7 +14,6 @@ UNREAD = {
     "videos": OTHER_MEDIA,
     "audio": OTHER_MEDIA,
     "audios": OTHER_MEDIA,
-    "tools": ("tools are not supported", "write them into the system message, as the chat template of the model does"),
     "chosen": PREFERENCE,
     "rejected": PREFERENCE,
     "rejected_response": PREFERENCE,
@@ -51,21 +50,27 @@ def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProb
 # ---------------------------------------------------------------------------------------------------------------- messages
 
 
+NAMES: dict[Role, str] = {"assistant": "answer", "tool": "result of a tool"}  # others: the role and `message`
+
+
 def check_text(turn: Turn, add_problem: AddProblem) -> None:
-    if not turn.content or turn.content.isspace():
-        what = "answer" if turn.role == "assistant" else f"{turn.role} message"
+    what = NAMES.get(turn.role, f"{turn.role} message")
+    if (not turn.content or turn.content.isspace()) and not turn.calls and turn.role != "tool":
         add_problem(turn.text_field, f"empty {what}", "write its text, or remove the row")
-    if MARK in turn.content and turn.role != "user":
-        what = "an answer" if turn.role == "assistant" else "a system message"
-        add_problem(turn.text_field, f"{MARK} mark in {what}", f"only questions may contain {MARK}")
+    if turn.role != "user" and (MARK in turn.content or MARK in turn.reasoning):
+        article = "an" if what[0] in "aeiou" else "a"
+        add_problem(turn.text_field, f"{MARK} mark in {article} {what}", f"only questions may contain {MARK}")
     try:
         turn.content.encode()
+        if turn.reasoning or turn.calls:
+            "".join((turn.reasoning, *(text for call in turn.calls for text in (call.name, call.arguments)))).encode()
     except UnicodeEncodeError:
         add_problem(turn.text_field, "half of a surrogate pair, which is not a character", "write the text again from its source")
 
 
 def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
-    """[system], then user and assistant alternately, ending with an answer; at least one of the answers is in the loss."""
+    """[system], then user and assistant alternately, ending with an answer; at least one of the answers is in the loss. An answer that calls tools is
+    followed by their results, and these by the next answer."""
     turns = [turn for index, turn in enumerate(parsed.turns or ()) if turn.role != "system" or index > 0]
     previous: Role = "assistant"
     for index, turn in enumerate(turns):
@@ -74,17 +79,31 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
                 turn.field, "a system message that is not the first message", "a conversation may have one system message, at its beginning"
             )
             continue
-        if turn.role == previous:
-            problem = f"two {turn.role} messages in a row" if index else "starts with an answer"
-            add_problem(turn.field, problem, "questions and answers must alternate, with a question first")
+        if problem := find_disorder(turn.role, previous, first=index == 0):
+            add_problem(turn.field, *problem)
         previous = turn.role
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         add_problem(parsed.field, "conversation without an answer", 'add the answer as the last message ("gpt" or "assistant")')
     elif turns[-1].role == "user":
         add_problem(turns[-1].field, "conversation ends with a question", "add its answer, or remove the question")
+    elif turns[-1].role == "tool":
+        add_problem(turns[-1].field, "conversation ends with the result of a tool", "add the answer, or remove the call and its result")
     elif not any(turn.in_loss for turn in answers):
         add_problem(parsed.field, "all answers have loss: false, so nothing would be learned", "remove the row, or one of these keys")
+
+
+def find_disorder(role: Role, previous: Role, *, first: bool) -> tuple[str, str] | None:
+    """(problem, fix) of a message after another one."""
+    if role == "tool":
+        wrong = first or previous == "user"
+        return ("the result of a tool without a call before it", "put it after the answer that calls the tool") if wrong else None
+    if role == "user" and previous == "tool":
+        return "a question after the result of a tool", "add the answer to the result"
+    if role != previous:
+        return None
+    problem = "starts with an answer" if first else f"two {role} messages in a row"
+    return problem, "questions and answers must alternate, with a question first"
 
 
 # -------------------------------------------------------------------------------------------------------------------- images

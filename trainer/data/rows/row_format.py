@@ -1,12 +1,13 @@
 """The supported row formats, one entry each, tried in order. The content of a row is checked elsewhere."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 
 from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
 from trainer.data.rows.row_images import choose_images, has_tags, read_images, replace_named_marks, replace_tags
+from trainer.data.rows.tool import TOOL_KEYS, read_tools
 from trainer.data.rows.turn import pair, read_system, read_turns
 
 
@@ -24,7 +25,8 @@ class RowFormat:
 def parse_row(row: Row, add_problem: AddProblem) -> ParsedRow | None:
     """None if the row has no known format, or two."""
     row_format = find_format(row, add_problem)
-    return row_format.read(row, add_problem) if row_format else None
+    parsed = row_format.read(row, add_problem) if row_format else None
+    return replace(parsed, tools=read_tools(row, add_problem)) if parsed and not row.keys().isdisjoint(TOOL_KEYS) else parsed
 
 
 def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:

@@ -16,6 +16,7 @@ from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
 from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.source import AnnotationSource, find_sources
 
 __all__ = ["MARK", "Message", "Role", "Sample", "Samples", "read_samples"]
@@ -61,10 +62,12 @@ class Samples(Protocol):
     def __getitem__(self, number: int, /) -> Sample: ...
 
 
-def read_samples(file: Path, images: Path, form: ImageForm = LINE_FEED) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def read_samples(
+    file: Path, images: Path, form: ImageForm = LINE_FEED, rules: RowRules = DEFAULT
+) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
     paths start at `images`. `form`: of rows to ask: that of the rows that the model was trained on."""
-    sources, found = find_sources(file, images)
+    sources, found = find_sources(file, images, rules)
     samples: list[Sample] = []
     problems = list(found)
     for source in sources:
@@ -133,7 +136,7 @@ def read_row(
     refuse_unread(row, add_problem)
     parsed, adjustments = parse_row(row, add_problem), ()
     if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
-        parsed, adjustments = adjust(parsed, form)
+        parsed, adjustments = adjust(parsed, form, strip=source.rules.reasoning == "strip")
         check_parsed(parsed, row, source.images, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems

@@ -16,6 +16,7 @@ from trainer.contract import DataProblem
 from trainer.contract.annotation_file import read_meta
 from trainer.data.media.image import hash_file
 from trainer.data.rows.parsed_row import Row, keys_of, kind
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.column_map import Columns, find_columns
 
 # Keys that would change the training: the values that are allowed, why, and the fix.
@@ -28,20 +29,21 @@ UNREAD = {
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource:
     """One annotation file. `images`: the folder that its image paths start at. `repeat`: how often its rows are used; below 1 the first part of
-    them. `columns`: other names of its keys."""
+    them. `columns`: other names of its keys. `rules`: how its rows are read."""
 
     file: Path
     images: Path
     repeat: float = 1.0
     columns: Columns | None = None
+    rules: RowRules = DEFAULT
 
 
-def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
+def find_sources(file: Path, images: Path, rules: RowRules = DEFAULT) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
     """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem."""
     meta = read_meta(file)
     if meta is None:
         columns, problems = find_columns(file)
-        return (AnnotationSource(file=file, images=images, columns=columns),), problems
+        return (AnnotationSource(file=file, images=images, columns=columns, rules=rules),), problems
     sources: list[AnnotationSource] = []
     found: list[DataProblem] = []
     for name, entry in meta.items():
@@ -55,7 +57,8 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...]
             columns, problems = find_columns(annotation)
             found += problems
             root = images / entry.get("root", "")
-            sources.append(AnnotationSource(file=annotation, images=root, repeat=entry.get("repeat_time", 1), columns=columns))
+            repeat = entry.get("repeat_time", 1)
+            sources.append(AnnotationSource(file=annotation, images=root, repeat=repeat, columns=columns, rules=rules))
     return tuple(sources), tuple(found)
 
 
