@@ -80,3 +80,14 @@ def test_a_long_check_says_how_far_it_is(spec: TrainSpec, write_data: Callable[.
     file, said = write_data(10), list[str]()
     examine_files(spec, resolve(spec.data), (file,), said.append)
     assert said[-1] == "data: 10 rows checked, 100 % of the files" and len(said) == 3
+
+
+def test_keys_that_are_not_read_are_counted_by_row_up_to_a_hundred_names(spec: TrainSpec, write_data: Callable[..., Path]) -> None:
+    file = write_data(5)
+    rows = [
+        row | {"rating": 5, **{f"column {number}-{at}": 1 for number in range(30)}} for at, row in enumerate(json.loads(file.read_text()))
+    ]
+    file.write_text(json.dumps(rows))
+    report, problems, _ = examine_data(spec)
+    ignored = report.summary.ignored_keys
+    assert problems == () and len(ignored) == 101 and ignored["rating"] == 5 and ignored["other keys"] == 51

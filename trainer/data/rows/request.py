@@ -8,8 +8,9 @@ from typing import Any
 from trainer.contract import LINE_FEED, DataProblem, ImageForm, InputRefused, describe_groups
 from trainer.contract.wording import plural
 from trainer.data.containers.annotation import read_rows
+from trainer.data.rows.known_key import refuse_keys
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
-from trainer.data.rows.row_check import check_name, check_text, path_text, refuse_unread
+from trainer.data.rows.row_check import check_name, check_text, path_text
 from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
 from trainer.data.rows.sample import Message, as_message, collect_problems
 from trainer.data.rows.tool import TOOL_KEYS
@@ -50,7 +51,7 @@ def read_request(row: Any, number: int, file: Path, folder: Path, form: ImageFor
     if not isinstance(row, dict):
         add_problem("", f"is {kind(row)}, not an object", f"write a row as {EXAMPLE}")
         return None, problems
-    refuse_unread(row, add_problem)
+    refuse_keys(row, add_problem)
     for key in TOOL_KEYS:
         if row.get(key):
             add_problem(

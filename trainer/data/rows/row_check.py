@@ -3,34 +3,10 @@
 from pathlib import Path
 
 from trainer.contract.wording import plural
+from trainer.data.rows.known_key import IMAGE_MEANT, is_image_key
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind
-from trainer.data.rows.row_images import IMAGE_KEYS
 
-OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
-PREFERENCE = ("preference data is not supported", "give one answer for each question")
-# Keys that would change the training, but are not supported.
-UNREAD = {
-    "video": OTHER_MEDIA,
-    "videos": OTHER_MEDIA,
-    "audio": OTHER_MEDIA,
-    "audios": OTHER_MEDIA,
-    "chosen": PREFERENCE,
-    "rejected": PREFERENCE,
-    "rejected_response": PREFERENCE,
-    "chat_template_kwargs": ("settings of a single row are not supported", "remove them, and set data.max_pixels for all images"),
-}
-# Keys, in any case, under which other data has its images, and the keys here.
-IMAGE_MEANT = {
-    "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
-    "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
-}  # fmt: skip
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
-
-
-def refuse_unread(row: Row, add_problem: AddProblem) -> None:
-    for key in sorted(UNREAD.keys() & row.keys()):
-        if row[key]:
-            add_problem(key, *UNREAD[key])
 
 
 def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProblem) -> None:
@@ -134,8 +110,8 @@ def path_text(name: str) -> str:
 
 def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> bool:
     """Whether the images are under a known key. Without this, a row whose marks are missing too would be trained on without its image."""
-    wrong = next((key for key in row if key.lower() in IMAGE_MEANT and row[key] and isinstance(row[key], str | list)), None)
-    if parsed.images or wrong is None or any(row.get(key) for key in IMAGE_KEYS):
+    wrong = next((key for key in row if is_image_key(key, row)), None)
+    if parsed.images or wrong is None:
         return True
     meant = IMAGE_MEANT[wrong.lower()]
     add_problem(wrong, f"unknown key {wrong!r}: did you mean {meant!r}?", f"rename the key to {meant}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 
+from trainer.data.rows.known_key import KNOWN_IN_ROW
 from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
 from trainer.data.rows.row_images import choose_images, has_tags, read_images, replace_named_marks, replace_tags
 from trainer.data.rows.tool import TOOL_KEYS, read_tools
@@ -13,23 +14,29 @@ from trainer.data.rows.turn import pair, read_system, read_turns
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """`fits`: whether a row with `key` has this format. `read`: parses it, and reports what it cannot parse."""
+    """`fits`: whether a row with `key` has this format. `read`: parses it, and reports what it cannot parse. `texts`: keys of further texts."""
 
     name: str
     key: str
     fits: Callable[[Row], bool]
     read: Callable[[Row, AddProblem], ParsedRow]
     example: str
+    texts: tuple[str, ...] = ()
 
 
-def parse_row(row: Row, add_problem: AddProblem) -> ParsedRow | None:
-    """None if the row has no known format, or two."""
-    row_format = find_format(row, add_problem)
+def parse_row(row: Row, row_format: RowFormat | None, add_problem: AddProblem) -> ParsedRow | None:
+    """None without a format."""
     parsed = row_format.read(row, add_problem) if row_format else None
     return replace(parsed, tools=read_tools(row, add_problem)) if parsed and not row.keys().isdisjoint(TOOL_KEYS) else parsed
 
 
+def known_keys(row_format: RowFormat | None) -> frozenset[str]:
+    """Of rows of this format: the keys that are read, and those that change nothing."""
+    return KNOWN[row_format.name] if row_format else KNOWN_IN_ROW
+
+
 def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:
+    """None if the row has no known format, or two."""
     present = [key for key in KEYS[0] if key in row] or [key for key in KEYS[1] if key in row]
     if len(present) == 1:
         return next(each for each in FORMATS_OF_KEY[present[0]] if each.fits(row))
@@ -74,7 +81,7 @@ def read_listed(row: Row, add_problem: AddProblem, *, key: str) -> ParsedRow:
 
 def read_minicpm(row: Row, add_problem: AddProblem) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", add_problem)
-    return ParsedRow(field="conversations", turns=turns, images=read_images(row, add_problem))
+    return ParsedRow(field="conversations", turns=read_system(row, turns, add_problem), images=read_images(row, add_problem))
 
 
 def read_named(row: Row, add_problem: AddProblem) -> ParsedRow:
@@ -82,7 +89,7 @@ def read_named(row: Row, add_problem: AddProblem) -> ParsedRow:
     if turns is None:
         return ParsedRow(field="conversations", turns=None, images=())
     turns, images = replace_named_marks(row["image"], turns, add_problem)
-    return ParsedRow(field="conversations", turns=turns, images=images)
+    return ParsedRow(field="conversations", turns=read_system(row, turns, add_problem), images=images)
 
 
 def read_tagged(row: Row, add_problem: AddProblem) -> ParsedRow:
@@ -227,6 +234,7 @@ ROW_FORMATS = (
         key="query",
         fits=any_row,
         read=lambda row, add_problem: read_pair(row, "query", row["query"], "response", add_problem),
+        texts=("response", "history"),
         example='{"query": "<image>\\n...", "response": "...", "history": [["...", "..."]], "images": ["a.png"]}',
     ),
     RowFormat(
@@ -234,7 +242,9 @@ ROW_FORMATS = (
         key="instruction",
         fits=any_row,
         read=read_instruction,
+        texts=("input", "output", "history"),
         example='{"instruction": "<image>\\n...", "input": "...", "output": "...", "system": "...", "images": ["a.png"]}',
     ),
 )
+KNOWN = {each.name: KNOWN_IN_ROW | {each.key, *each.texts} for each in ROW_FORMATS}
 FORMATS_OF_KEY = {key: tuple(each for each in ROW_FORMATS if each.key == key) for group in KEYS for key in group}

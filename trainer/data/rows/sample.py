@@ -13,9 +13,10 @@ from trainer.contract import LINE_FEED, DataProblem, ImageForm
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import Position, read_rows, stream_rows
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
+from trainer.data.rows.known_key import check_keys, refuse_keys
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
-from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
-from trainer.data.rows.row_format import USUAL, parse_row
+from trainer.data.rows.row_check import check_parsed, path_text
+from trainer.data.rows.row_format import USUAL, find_format, known_keys, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.source import AnnotationSource, find_sources
 
@@ -41,7 +42,7 @@ class Sample:
     """One conversation. The user's messages have one `<image>` for each of `images`, in order. `row` counts from 1. `part`, from 0: the
     conversation in a row with several. `accepted`: further correct answers to the last question, if the row lists them; the last message is
     the one that is trained on. `tools`: the JSON of each tool that the assistant may call. `adjustments`: what was changed so that the row is
-    read as it was meant (trainer.data.rows.adjustment)."""
+    read as it was meant (trainer.data.rows.adjustment). `ignored`: keys of the row, its messages and blocks that are not read."""
 
     id: str
     images: tuple[Path, ...]
@@ -52,6 +53,7 @@ class Sample:
     accepted: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     adjustments: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
@@ -133,9 +135,11 @@ def read_row(
         return None, problems
     if source.columns is not None:
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
-    refuse_unread(row, add_problem)
-    parsed, adjustments = parse_row(row, add_problem), ()
-    if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
+    refuse_keys(row, add_problem)
+    row_format, folders = find_format(row, add_problem), (source.images, source.file.parent)
+    parsed, adjustments, ignored = parse_row(row, row_format, add_problem), (), ()
+    if parsed is not None and not report_paths(parsed, row, folders, add_problem):
+        ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
         parsed, adjustments = adjust(parsed, form, strip=source.rules.reasoning == "strip")
         check_parsed(parsed, row, source.images, add_problem)
     if problems or parsed is None or parsed.turns is None:
@@ -151,6 +155,7 @@ def read_row(
         accepted=read_accepted(row),
         tools=parsed.tools,
         adjustments=adjustments,
+        ignored=ignored,
     ), problems
 
 

@@ -64,6 +64,9 @@ def pick(item: Row, first: str, second: str) -> str:
 
 def read_more(item: Row, role: ReadRole, field: str, text_key: str, add_problem: AddProblem) -> Read | None:
     """A message with more than a role and a text."""
+    if twice := next((pair for pair in (("from", "role"), ("value", "content")) if differ(item, *pair)), None):
+        add_problem(field, f"{' and '.join(twice)} say different things", "keep one of them")
+        return None
     value, calls, adjustments = item[text_key], read_calls(item, field, add_problem), [role.adjustment]
     if calls and role.role != "assistant":
         add_problem(field, f"the role {role.role} with calls of tools", 'only "assistant" calls tools')
@@ -94,6 +97,14 @@ def read_more(item: Row, role: ReadRole, field: str, text_key: str, add_problem:
         calls=calls,
         adjustments=tuple(filter(None, adjustments)),
     ), content[1]
+
+
+def differ(item: Row, first: str, second: str) -> bool:
+    """Whether a message has both keys, which are two names of the same, with different values."""
+    if item.get(first) is None or item.get(second) is None or item[first] == item[second]:
+        return False
+    roles = find_role(item[first]), find_role(item[second])
+    return first == "value" or None in roles or (roles[0].role, roles[0].is_call) != (roles[1].role, roles[1].is_call)  # type: ignore[union-attr]
 
 
 def join_calls(turns: Sequence[Turn], add_problem: AddProblem) -> list[Turn] | None:
