@@ -93,6 +93,8 @@ def data(spec: TrainSpec) -> int:
         print(f"data: {change}: {rows:,} rows", flush=True)
     for key, rows in report.summary.ignored_keys.items():
         print(f"data: key {key!r} is not read: {rows:,} rows", flush=True)
+    for warning, rows in report.summary.warnings.items():
+        print(f"data: warning: {warning}: {rows:,} rows", flush=True)
     if not report.problems:
         (Path(spec.output) / DATA_PENDING_FILE).unlink(missing_ok=True)
     return Exit.USAGE if report.problems else Exit.OK

@@ -118,6 +118,7 @@ def describe_data(report: DataReport, max_length: int) -> str:
         ("images", describe_sizes(report)),
         *((("adjusted", describe_counts(summary.adjustments)),) if summary.adjustments else ()),
         *((("ignored", f"keys that are not read: {describe_counts(summary.ignored_keys)}"),) if summary.ignored_keys else ()),
+        *((("warnings", describe_counts(summary.warnings)),) if summary.warnings else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
         ("sha256", report.sha256),

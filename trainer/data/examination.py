@@ -95,7 +95,8 @@ class DataExamination:
         if seen is not None:
             seen.update((sample.row, sample.part) for sample in samples)
         for sample in fresh:
-            self.samples.add(images=bool(sample.images), adjustments=sample.adjustments, ignored=sample.ignored)
+            found = sample.adjustments, sample.ignored, sample.warnings
+            self.samples.add(images=bool(sample.images), adjustments=found[0], ignored=found[1], warnings=found[2])
         model = self.spec.model
         wrong = list(find_problems(fresh, self.images, model.template, model.image_token))
         bad = {(problem.file, problem.row) for problem in wrong}

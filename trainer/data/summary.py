@@ -19,11 +19,13 @@ class SampleTally:
         self.rows = self.rows_with_images = 0
         self.adjustments: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
 
-    def add(self, *, images: bool, adjustments: Sequence[str], ignored: Sequence[str] = ()) -> None:
+    def add(self, *, images: bool, adjustments: Sequence[str], ignored: Sequence[str] = (), warnings: Sequence[str] = ()) -> None:
         self.rows += 1
         self.rows_with_images += images
         self.adjustments.update(adjustments)
+        self.warnings.update(warnings)
         if ignored:
             self.ignored.update(key if key in self.ignored or len(self.ignored) < MOST_KEYS else OTHER_KEYS for key in ignored)
 
@@ -47,6 +49,7 @@ def summarise(samples: SampleTally, images: Collection[Examined], lengths: Lengt
         unmeasured=lengths.unmeasured,
         adjustments=dict(sorted(samples.adjustments.items())),
         ignored_keys=dict(sorted(samples.ignored.items())),
+        warnings=dict(sorted(samples.warnings.items())),
         trained_tokens=lengths.trained,
     )
 

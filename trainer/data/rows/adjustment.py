@@ -24,6 +24,13 @@ IMAGE_FIRST, IMAGE_LAST = "one image without a mark, put first", "one image with
 END_MARK = "end mark in the text of an answer, removed"
 ENCLOSED = re.compile(r"<image>\s*(?P<path>[^<>\n]+?)\s*</image>[ \t]*\n?")
 LEADING = re.compile(r"\s*(?:<image>\s*)?(?P<path>\S[^<>\n]*?\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?=\s|$)\s*", re.IGNORECASE)
+# Elsewhere in a question: alone, in Markdown, or in a tag of HTML.
+WITHIN = re.compile(
+    r"!\[[^\]\n]*\]\((?P<markdown>[^)\s]+)\)|<img\b[^<>]*?\bsrc\s*=\s*[\"']?(?P<html>[^\"'<>\s]+)[^<>]*>|"
+    r"(?P<plain>[^\s<>\"'()\[\]{}|*`,;]+\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?![\w/])",
+    re.IGNORECASE,
+)
+SUFFIX = re.compile(r"\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm|PNG|JPE?G)\b")
 SHOWN = 60  # characters of each text of a rewritten row
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
@@ -43,14 +50,19 @@ def adjust(parsed: ParsedRow, form: ImageForm, *, strip: bool = False) -> tuple[
         return parsed, ()
     placed = IMAGE_FIRST if form.place == "before" else IMAGE_LAST
     marked = insert_marks(parsed.turns, 1, form) if len(parsed.images) == 1 else parsed.turns
-    turns = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in marked)
-    changes = [(placed, marked != parsed.turns), (END_MARK, turns != marked)]
+    turns = tuple(trim(turn) if turn.role == "assistant" else turn for turn in marked)
+    changes = [*parsed.adjustments, *(name for turn in turns if turn.adjustments for name in turn.adjustments)]
+    changes += [name for name, changed in ((placed, marked != parsed.turns), (END_MARK, turns != marked)) if changed]
     if strip and any(turn.reasoning for turn in turns):
         turns = tuple(replace(turn, reasoning="") for turn in turns)
-        changes.append((STRIPPED, True))
-    earlier = (*parsed.adjustments, *(name for turn in turns for name in turn.adjustments))
-    names = dict.fromkeys((*earlier, *(name for name, changed in changes if changed)))
-    return replace(parsed, turns=join_parts(turns, form)), tuple(names)
+        changes.append(STRIPPED)
+    turns = join_parts(turns, form)
+    return parsed if turns == parsed.turns else replace(parsed, turns=turns), tuple(dict.fromkeys(changes)) if changes else ()
+
+
+def trim(turn: Turn) -> Turn:
+    content = without_end_mark(turn.content)
+    return turn if content == turn.content else replace(turn, content=content)
 
 
 def without_end_mark(answer: str) -> str:
@@ -76,7 +88,8 @@ def report_paths(parsed: ParsedRow, row: Row, folders: tuple[Path, ...], add_pro
 
 
 def find_paths(parsed: ParsedRow, folders: tuple[Path, ...]) -> Iterator[PathInText]:
-    """`<image>PATH</image>` anywhere in a question; and, in a row that names no image, an image file that exists, at its beginning."""
+    """`<image>PATH</image>` anywhere in a question; and, in a row that names no image, an image file that exists: one at its beginning, whose path
+    may have spaces, or the first one within it."""
     for turn in parsed.turns or ():
         if turn.role != "user":
             continue
@@ -84,6 +97,21 @@ def find_paths(parsed: ParsedRow, folders: tuple[Path, ...]) -> Iterator[PathInT
             yield PathInText(turn=turn, path=enclosed["path"], text=with_mark(turn.content, enclosed))
         elif not parsed.images and (leading := LEADING.match(turn.content)) and is_image(leading["path"], folders):
             yield PathInText(turn=turn, path=leading["path"], text=with_mark(turn.content, leading))
+        elif not parsed.images and (within := find_named(turn.content, folders)):
+            found, path = within
+            text = f"{turn.content[: found.start()]}{MARK}{turn.content[found.end() :]}"
+            yield PathInText(turn=turn, path=path, text=text)
+
+
+def find_named(text: str, folders: tuple[Path, ...]) -> tuple[re.Match[str], str] | None:
+    """The first name of an image file that exists, and its place."""
+    if not SUFFIX.search(text):
+        return None
+    for match in WITHIN.finditer(text):
+        path = next(filter(None, match.groups()))
+        if is_image(path, folders):
+            return match, path
+    return None
 
 
 def with_mark(content: str, match: re.Match[str]) -> str:

@@ -9,68 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.rows.loss_flag import FLAGS
-from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row
+from trainer.data.rows.parsed_row import SUFFIXES, AddProblem, ParsedRow, Row
 from trainer.data.rows.reasoning import BLOCK_KEYS, KEYS as REASONING_KEYS
 from trainer.data.rows.role import find_role
 from trainer.data.rows.tool import TOOL_KEYS
 from trainer.data.rows.turn import PATH_KEYS
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".jp2")
 LOOKED_AT = 8  # paths of a list
 
 # ------------------------------------------------------------------------------------------------- keys that change nothing
 
-HARMLESS = frozenset(
-    {
-        *(
-            "id",
-            "ids",
-            "_id",
-            "uid",
-            "uuid",
-            "guid",
-            "idx",
-            "index",
-            "row_id",
-            "sample_id",
-            "item_id",
-            "data_id",
-            "question_id",
-            "image_id",
-        ),
-        *("conversation_id", "conv_id", "dialog_id", "doc_id", "message_id", "session_id", "task_id", "timestamp", "date", "created"),
-        *("created_at", "create_time", "author", "annotator", "source", "sources", "dataset", "dataset_name", "data_source", "datasource"),
-        *("origin", "license", "licence", "citation", "metadata", "meta", "meta_data", "meta_info", "info", "extra_info", "comment"),
-        *(
-            "notes",
-            "version",
-            "tags",
-            "task",
-            "task_type",
-            "task_name",
-            "type",
-            "category",
-            "categories",
-            "subcategory",
-            "subject",
-            "topic",
-        ),
-        *(
-            "domain",
-            "language",
-            "lang",
-            "width",
-            "height",
-            "image_width",
-            "image_height",
-            "image_size",
-            "length",
-            "num_tokens",
-            "num_turns",
-        ),
-        *("token_count", "n_tokens", "model", "model_name", "difficulty"),
-    }
-)
+HARMLESS = frozenset({
+    "id", "ids", "_id", "uid", "uuid", "guid", "idx", "index", "row_id", "sample_id", "item_id", "data_id", "question_id", "image_id",
+    "conversation_id", "conv_id", "dialog_id", "doc_id", "message_id", "session_id", "task_id", "timestamp", "date", "created",
+    "created_at", "create_time", "author", "annotator", "source", "sources", "dataset", "dataset_name", "data_source", "datasource",
+    "origin", "license", "licence", "citation", "metadata", "meta", "meta_data", "meta_info", "info", "extra_info", "comment", "notes",
+    "version", "tags", "task", "task_type", "task_name", "type", "category", "categories", "subcategory", "subject", "topic", "domain",
+    "language", "lang", "width", "height", "image_width", "image_height", "image_size", "length", "num_tokens", "num_turns", "token_count",
+    "n_tokens", "model", "model_name", "difficulty",
+})  # fmt: skip
 # Beside the keys of a format's texts (trainer.data.rows.row_format).
 READ_IN_ROW = frozenset({"image", "images", "system", "answers", *TOOL_KEYS})
 READ_IN_MESSAGE = frozenset({"from", "value", "role", "content", "tool_calls", "function_call", "tool_call_id", *FLAGS, *REASONING_KEYS})

@@ -9,6 +9,7 @@ Row = dict[str, Any]
 AddProblem = Callable[[str, str, str], None]  # (field, problem, fix)
 
 MARK = "<image>"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".jp2")  # of image files
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 

@@ -1,5 +1,6 @@
 """What is checked of a parsed row without decoding its images: keys, texts, order of the messages, paths and marks of the images."""
 
+import json
 from pathlib import Path
 
 from trainer.contract.wording import plural
@@ -86,9 +87,30 @@ def find_disorder(role: Role, previous: Role, *, first: bool) -> tuple[str, str]
 
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
-    if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
+    if not check_name(image, add_problem) or is_file(folder / path_text(image.name)):
+        return
+    if parts := split_paths(image.name, folder):
+        add_problem(image.field, f"{image.name!r} is several paths in one text", f"write a list: {json.dumps(parts, ensure_ascii=False)}")
+    else:
         problem = f"no image file at {folder / path_text(image.name)}"
         add_problem(image.field, problem, f"put the file there, or set data.images (now {folder}) to the folder of the images")
+
+
+def split_paths(text: str, folder: Path) -> list[str]:
+    """The paths of image files that exist, in a text with commas or semicolons between them, or that is the JSON of a list; [] for any other."""
+    for parts in (parse_list(text), text.split(","), text.split(";")):
+        paths = [part.strip() for part in parts]
+        if (len(paths) > 1 or text.startswith("[")) and all(path and is_file(folder / path) for path in paths):
+            return paths
+    return []
+
+
+def parse_list(text: str) -> list[str]:
+    try:
+        found = json.loads(text) if text.startswith("[") else []
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) and found and all(isinstance(item, str) for item in found) else []
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 
 from trainer.data.rows.known_key import KNOWN_IN_ROW
 from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
-from trainer.data.rows.row_images import choose_images, has_tags, read_images, replace_named_marks, replace_tags
+from trainer.data.rows.row_images import choose_images, find_tags, has_tags, list_changes, read_images, replace_named_marks, replace_tags
 from trainer.data.rows.tool import TOOL_KEYS, read_tools
 from trainer.data.rows.turn import pair, read_system, read_turns
 
@@ -27,7 +27,16 @@ class RowFormat:
 def parse_row(row: Row, row_format: RowFormat | None, add_problem: AddProblem) -> ParsedRow | None:
     """None without a format."""
     parsed = row_format.read(row, add_problem) if row_format else None
-    return replace(parsed, tools=read_tools(row, add_problem)) if parsed and not row.keys().isdisjoint(TOOL_KEYS) else parsed
+    if parsed is None:
+        return None
+    if not row.keys().isdisjoint(TOOL_KEYS):
+        parsed = replace(parsed, tools=read_tools(row, add_problem))
+    if changes := list_changes(row):
+        parsed = replace(parsed, adjustments=(*parsed.adjustments, *changes))
+    if not parsed.images and parsed.turns and (found := find_tags(parsed.turns)):
+        turns, images = replace_tags(parsed.turns, add_problem, found[0])
+        parsed = replace(parsed, turns=turns, images=images, adjustments=(*parsed.adjustments, found[1]))
+    return parsed
 
 
 def known_keys(row_format: RowFormat | None) -> frozenset[str]:
@@ -178,7 +187,7 @@ ROW_FORMATS = (
     RowFormat(
         name="MiniCPM with an object of images",
         key="conversations",
-        fits=lambda row: isinstance(row.get("image"), dict) and not {"path", "bytes"} & set(row["image"]),
+        fits=lambda row: isinstance(row.get("image"), dict) and not {"path", "bytes", "url", "image"} & set(row["image"]),
         read=read_named,
         example='{"id": 1, "image": {"<image_00>": "a.png"}, "conversations": [{"role": "user", "content": "<image_00>\\n..."}, '
         '{"role": "assistant", "content": "..."}]}',

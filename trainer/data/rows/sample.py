@@ -18,6 +18,7 @@ from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, 
 from trainer.data.rows.row_check import check_parsed, path_text
 from trainer.data.rows.row_format import USUAL, find_format, known_keys, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
+from trainer.data.rows.text_mark import check_texts
 from trainer.data.sources.source import AnnotationSource, find_sources
 
 __all__ = ["MARK", "Message", "Role", "Sample", "Samples", "read_samples"]
@@ -42,7 +43,8 @@ class Sample:
     """One conversation. The user's messages have one `<image>` for each of `images`, in order. `row` counts from 1. `part`, from 0: the
     conversation in a row with several. `accepted`: further correct answers to the last question, if the row lists them; the last message is
     the one that is trained on. `tools`: the JSON of each tool that the assistant may call. `adjustments`: what was changed so that the row is
-    read as it was meant (trainer.data.rows.adjustment). `ignored`: keys of the row, its messages and blocks that are not read."""
+    read as it was meant (trainer.data.rows.adjustment). `ignored`: keys of the row, its messages and blocks that are not read. `warnings`: what its texts hold
+    that may not be meant as text."""
 
     id: str
     images: tuple[Path, ...]
@@ -54,6 +56,7 @@ class Sample:
     tools: tuple[str, ...] = ()
     adjustments: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
@@ -137,11 +140,12 @@ def read_row(
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
     refuse_keys(row, add_problem)
     row_format, folders = find_format(row, add_problem), (source.images, source.file.parent)
-    parsed, adjustments, ignored = parse_row(row, row_format, add_problem), (), ()
+    parsed, adjustments, ignored, warnings = parse_row(row, row_format, add_problem), (), (), ()
     if parsed is not None and not report_paths(parsed, row, folders, add_problem):
         ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
         parsed, adjustments = adjust(parsed, form, strip=source.rules.reasoning == "strip")
         check_parsed(parsed, row, source.images, add_problem)
+        warnings = check_texts(parsed, row, folders, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems
     identity = number if row.get("id") is None else row["id"]
@@ -156,6 +160,7 @@ def read_row(
         tools=parsed.tools,
         adjustments=adjustments,
         ignored=ignored,
+        warnings=warnings,
     ), problems
 
 

@@ -154,11 +154,15 @@ def read_block(block: Any, field: str, add_problem: AddProblem) -> tuple[str, Im
     given = [key for key in PATH_KEYS if block.get(key) is not None]
     if block.get("type", "image") in IMAGE_TYPES and len(given) <= 1 and (given or "type" in block):
         name = block[given[0]] if given else FROM_IMAGES
-        if given and isinstance(name, dict):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
-            name = name.get("url")
-        return MARK, ImageReference(name=name, field=f"{field}.{given[0]}" if given else field)
+        return MARK, ImageReference(name=path_of(name), field=f"{field}.{given[0]}" if given else field)
     add_problem(field, describe_block(block, given), 'a block is {"type": "text", "text": ...} or {"type": "image", "image": PATH}')
     return None
+
+
+def path_of(item: Any) -> Any:
+    """OpenAI writes {"url": ...}, ms-swift and the datasets library {"path": ..., "bytes": null}. An object without a path is unchanged."""
+    given = (item[key] for key in PATH_KEYS if isinstance(item.get(key), str)) if isinstance(item, dict) else iter(())
+    return next(given, item)
 
 
 def describe_block(block: Row, given: list[str]) -> str:

@@ -106,7 +106,10 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     ),
     "image not a path": (row(ASK, TELL, image={"bytes": "iVBOR"}), [("image", "is an object, not a path")]),
     "second image not a path": (row(ASK, TELL, ASK, TELL, image=["a.png", 7]), [("image[1]", "is a number, not a path")]),
-    "empty path": (row(ASK, TELL, image=""), [("image", "empty path")]),
+    "an empty path is no image": (
+        row(ASK, TELL, image=""),
+        [("conversations[0]", "too many <image> marks: 1 in the questions for 0 images")],
+    ),
     "image and images": (row(ASK, TELL) | {"images": ["a.png"]}, [("image", "both image and images")]),
     "absent image": (row(ASK, TELL, image="c.png"), [("image", "no image file at {folder}/c.png")]),
     "absent image, absolute": (row(ASK, TELL, image="/absent/c.png"), [("image", "no image file at /absent/c.png")]),
