@@ -49,7 +49,7 @@ def summarise(samples: SampleTally, images: Collection[Examined], lengths: Lengt
         unmeasured=lengths.unmeasured,
         adjustments=dict(sorted(samples.adjustments.items())),
         ignored_keys=dict(sorted(samples.ignored.items())),
-        warnings=dict(sorted(samples.warnings.items())),
+        warnings=dict(sorted((samples.warnings + Counter(lengths.warnings)).items())),
         trained_tokens=lengths.trained,
     )
 

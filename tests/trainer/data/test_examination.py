@@ -91,3 +91,13 @@ def test_keys_that_are_not_read_are_counted_by_row_up_to_a_hundred_names(spec: T
     report, problems, _ = examine_data(spec)
     ignored = report.summary.ignored_keys
     assert problems == () and len(ignored) == 101 and ignored["rating"] == 5 and ignored["other keys"] == 51
+
+
+def test_special_tokens_of_the_tokenizer_are_counted(spec: TrainSpec, write_data: Callable[..., Path]) -> None:
+    file = write_data(3)
+    rows = json.loads(file.read_text())
+    rows[1]["conversations"][1]["value"] = "a <pad> here, and [INST]"
+    file.write_text(json.dumps(rows))
+    report, problems, _ = examine_data(spec)
+    assert problems == ()
+    assert report.summary.warnings == {"mark of a chat template in a text: [INST]": 1, "special token of the model in a text: <pad>": 1}
