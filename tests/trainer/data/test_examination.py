@@ -94,7 +94,7 @@ def test_keys_that_are_not_read_are_counted_by_row_up_to_a_hundred_names(spec: T
 
 
 def test_special_tokens_of_the_tokenizer_are_counted(spec: TrainSpec, write_data: Callable[..., Path]) -> None:
-    file = write_data(3)
+    file = write_data(4)
     rows = json.loads(file.read_text())
     rows[1]["conversations"][1]["value"] = "a <pad> here, and [INST]"
     file.write_text(json.dumps(rows))

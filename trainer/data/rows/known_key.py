@@ -30,7 +30,22 @@ HARMLESS = frozenset({
 })  # fmt: skip
 # Beside the keys of a format's texts (trainer.data.rows.row_format).
 READ_IN_ROW = frozenset({"image", "images", "system", "answers", *TOOL_KEYS})
-READ_IN_MESSAGE = frozenset({"from", "value", "role", "content", "tool_calls", "function_call", "tool_call_id", *FLAGS, *REASONING_KEYS})
+READ_IN_MESSAGE = frozenset(
+    {
+        "from",
+        "value",
+        "role",
+        "content",
+        "tool_calls",
+        "function_call",
+        "tool_call_id",
+        "human",
+        "user",
+        "assistant",
+        *FLAGS,
+        *REASONING_KEYS,
+    }
+)
 READ_IN_BLOCK = frozenset({"type", *PATH_KEYS, *BLOCK_KEYS})
 
 # --------------------------------------------------------------------------------------- keys that change what is learned
@@ -150,7 +165,8 @@ def check_keys(row: Row, known: frozenset[str], parsed: ParsedRow, folders: tupl
             add_problem(key, f"{path!r} is an image file that is not read from this key", advise(parsed, row[key]))
         else:
             ignored[key] = None
-    for field, name, item, usual, refused in walk(row.get(parsed.field), parsed.field):
+    messages = [parsed.field, "completion"] if parsed.field == "prompt" else [parsed.field]
+    for field, name, item, usual, refused in (found for key in messages for found in walk(row.get(key), key)):
         for key in filled(item, usual):
             refusal = refused.get(key)
             if refusal and refusal.when(item[key]):

@@ -140,7 +140,7 @@ def read_row(
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
     refuse_keys(row, add_problem)
     row_format, folders = find_format(row, add_problem), (source.images, source.file.parent)
-    parsed, adjustments, ignored, warnings = parse_row(row, row_format, add_problem), (), (), ()
+    parsed, adjustments, ignored, warnings = parse_row(row, row_format, source.rules, add_problem), (), (), ()
     if parsed is not None and not report_paths(parsed, row, folders, add_problem):
         ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
         parsed, adjustments = adjust(parsed, form, strip=source.rules.reasoning == "strip")

@@ -64,7 +64,7 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "an empty list": ([], [("", "is a list, not an object")]),
     "a list of something else": ([1, "x"], [("[0]", "is a number"), ("[1]", "is a string, not an object")]),
     "one of a list": ([row(ASK)], [("[0].conversations", "without an answer")]),
-    "unknown shape": ({"image": "a.png", "question": "What?", "answer": "A cat."}, [("", "keys 'image', 'question', 'answer'")]),
+    "unknown shape": ({"image": "a.png", "ask": "What?", "say": "A cat."}, [("", "keys 'image', 'ask', 'say'")]),
     "both shapes": ({"messages": [], "conversations": []}, [("", "has both conversations and messages")]),
     "no messages": (row(), [("conversations", "is empty")]),
     "messages not a list": ({"messages": "What?"}, [("messages", "is a string, not a list")]),
