@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.rows.loss_flag import FLAGS
-from trainer.data.rows.parsed_row import SUFFIXES, AddProblem, ParsedRow, Row
+from trainer.data.rows.parsed_row import SUFFIXES, AddProblem, ParsedRow, Row, printable, shorten
 from trainer.data.rows.reasoning import BLOCK_KEYS, KEYS as REASONING_KEYS
 from trainer.data.rows.role import find_role
 from trainer.data.rows.tool import TOOL_KEYS
 from trainer.data.rows.turn import PATH_KEYS
 
 LOOKED_AT = 8  # paths of a list
+SHOWN = 60  # characters of a key
 
 # ------------------------------------------------------------------------------------------------- keys that change nothing
 
@@ -164,7 +165,7 @@ def check_keys(row: Row, known: frozenset[str], parsed: ParsedRow, folders: tupl
         if path := find_unread_image(row[key], parsed, folders):
             add_problem(key, f"{path!r} is an image file that is not read from this key", advise(parsed, row[key]))
         else:
-            ignored[key] = None
+            ignored[name_of(key)] = None
     messages = [parsed.field, "completion"] if parsed.field == "prompt" else [parsed.field]
     for field, name, item, usual, refused in (found for key in messages for found in walk(row.get(key), key)):
         for key in filled(item, usual):
@@ -172,8 +173,12 @@ def check_keys(row: Row, known: frozenset[str], parsed: ParsedRow, folders: tupl
             if refusal and refusal.when(item[key]):
                 add_problem(f"{field}.{key}", refusal.problem, refusal.fix)
             else:
-                ignored[f"{name}.{key}"] = None
+                ignored[f"{name}.{name_of(key)}"] = None
     return tuple(ignored)
+
+
+def name_of(key: str) -> str:
+    return printable(shorten(key, SHOWN))
 
 
 def filled(item: Row, known: frozenset[str]) -> Iterator[str]:

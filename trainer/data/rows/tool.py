@@ -28,8 +28,14 @@ def read_tools(row: Row, add_problem: AddProblem) -> tuple[str, ...]:
     if wrong is not None:
         add_problem(f"{key}[{wrong}]", "has no name of a function", TOOL_FIX)
         return ()
-    wrapped = (tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-    return tuple(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    texts = tuple(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        add_problem(key, "half of a surrogate pair, which is not a character", "write the tools again from their source")
+        return ()
+    return texts
 
 
 def read_calls(item: Row, field: str, add_problem: AddProblem) -> tuple[ToolCall, ...] | None:

@@ -51,7 +51,7 @@ def read_turn(item: Any, field: str, add_problem: AddProblem) -> Read | None:
     if role is None:
         add_problem(f"{field}.{role_key}", f"unknown role {item[role_key]!r}", suggest_role(item[role_key]))
         return None
-    if len(item) == 2 and isinstance(item[text_key], str) and not role.is_call:  # the usual case, without anything more
+    if len(item) == 2 and isinstance(item[text_key], str) and not role.is_call:  # the usual case, without other keys
         adjusted = (role.adjustment,) if role.adjustment else ()
         return Turn(role=role.role, content=item[text_key], field=field, text_key=text_key, adjustments=adjusted), ()
     return read_more(item, role, field, text_key, add_problem)

@@ -40,6 +40,7 @@ IGNORED: dict[str, tuple[Row, tuple[str, ...]]] = {
     "texts of the format": ({"query": "What?", "response": "A cat.", "history": []}, ()),
     "texts of alpaca": ({"instruction": "What?", "input": "", "output": "A cat.", "text": "### x"}, ("text",)),
     "the file name of alpaca's row": ({"instruction": "?", "output": "x", "file_name": "c.png"}, ("file_name",)),
+    "half a character": (talk() | {"\ud83d": 1, "x" * 100: 1}, ("\\ud83d", "x" * 59 + "…")),
     "of a message": (talk(name="x", refusal=None), ("messages[].name",)),
     "of LLaVA's message": (
         {"conversations": [{"from": "human", "value": "?", "markdown": None}, {"from": "gpt", "value": "x", "rating": 5}]},

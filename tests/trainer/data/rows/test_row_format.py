@@ -1,6 +1,7 @@
 """Every supported row format becomes the same Sample, and problems are reported with the keys of the row."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -307,13 +308,39 @@ def test_a_row_without_its_texts_is_told_the_key_that_it_lacks(tmp_path: Path) -
 KEYS = (
     "conversations", "messages", "conversation", "query", "response", "instruction", "input", "output", "history", "image", "images",
     "from", "value", "role", "content", "type", "text", "human", "gpt", "user", "assistant", "system", "loss", "path", "bytes", "url",
-    "image_url", "id", "video", "tools", "objects",
+    "image_url", "id", "video", "tools", "objects", "tool", "tool_call", "tool_calls", "function_call", "function", "name", "arguments",
+    "reasoning_content", "thinking", "weight", "label", "question", "answer", "answers", "caption", "texts", "prompt", "completion",
+    "file_name", "detail", "channel",
 )  # fmt: skip
-WORDS = st.sampled_from((*KEYS, MARK, "<image_00>", "<img>a.png</img>", "a.png", "\ud83d", "\0", "", "<bbox>"))
+WORDS = st.sampled_from(
+    (
+        *(
+            *KEYS,
+            MARK,
+            "<image_00>",
+            "<img>a.png</img>",
+            "a.png",
+            "\ud83d",
+            "\0",
+            "",
+            "<bbox>",
+            "<video>",
+            '{"name": "x"}',
+            "<think></think>",
+        ),
+        *("<|vision_start|>a.png<|vision_end|>", "![a](a.png)", "a.png,b.png", "[INST]"),
+    )
+)
 LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | WORDS | st.text(max_size=5)
 ANY = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6), max_leaves=25)
-MESSAGES = st.lists(st.dictionaries(st.sampled_from(["from", "value", "role", "content", "loss", "human", "assistant"]), ANY), max_size=4)
-ROWS = ANY | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
+OF_A_MESSAGE = ["from", "value", "role", "content", "loss", "human", "assistant", "tool_calls", "reasoning", "weight", "name"]
+MESSAGES = st.lists(st.dictionaries(st.sampled_from(OF_A_MESSAGE), ANY), max_size=4)
+SPOKEN = st.fixed_dictionaries({"role": WORDS | st.sampled_from(["user", "assistant", "tool"]), "content": ANY}, optional={"tool_calls": ANY})
+ROWS = (
+    ANY
+    | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
+    | st.fixed_dictionaries({"messages": st.lists(SPOKEN, min_size=1, max_size=5)}, optional={"images": ANY, "tools": ANY})
+)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -332,8 +359,10 @@ def test_no_row_makes_the_reader_raise(tmp_path: Path, rows: list[Any]) -> None:
 
 
 def assert_whole(sample: Sample) -> None:
-    roles = [message.role for message in sample.messages if message.role != "system"]
-    assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
+    roles = "".join(message.role[0] for message in sample.messages if message.role != "system")
+    assert re.fullmatch("(ua(t+a)*)+", roles), roles
+    kept = (*sample.tools, *sample.ignored, *sample.adjustments, *sample.warnings)
+    assert all(text.encode() for text in kept), "they can be written to a file"
     assert sum(message.content.count(MARK) for message in sample.messages if message.role == "user") == len(sample.images)
     assert not any(MARK in message.content for message in sample.messages if message.role != "user")
     assert all(image.is_file() for image in sample.images)

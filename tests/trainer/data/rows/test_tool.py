@@ -146,6 +146,7 @@ CALLING = say("assistant", "", tool_calls=openai("{}"))
 REFUSED: dict[str, tuple[Row, str, str]] = {
     "tools that are not JSON": ({"tools": "[", "messages": [ASK, TELL]}, "tools", "is not valid JSON"),
     "tools that are a number": ({"tools": 3, "messages": [ASK, TELL]}, "tools", "is a number, not a list of tools"),
+    "half a character": ({"tools": [{"name": "\ud83d"}], "messages": [ASK, TELL]}, "tools", "half of a surrogate pair"),
     "a tool without a name": ({"tools": [{"type": "function"}], "messages": [ASK, TELL]}, "tools[0]", "has no name of a function"),
     "a call without a name": ({"messages": [ASK, say("assistant", "", tool_calls=[{"id": 1}])]}, "messages[1].tool_calls", "has no name"),
     "arguments that are not JSON": ({"messages": [ASK, say("assistant", "", tool_calls=openai("{x"))]}, "messages[1].tool_calls", "no JSON object"),
