@@ -68,7 +68,7 @@ def trim(turn: Turn) -> Turn:
 def without_end_mark(answer: str) -> str:
     """Without the end marks at its end, and the spaces before them. An answer without one is unchanged, its spaces too."""
     text = answer.rstrip()
-    mark = next((mark for mark in END_MARKS if text.endswith(mark)), "")
+    mark = next((mark for mark in END_MARKS if text.endswith(mark)), "") if text.endswith(END_MARKS) else ""
     if not mark or (mark in OPENING and OPENING[mark] in text):
         return answer
     return without_end_mark(text.removesuffix(mark).rstrip())

@@ -43,7 +43,7 @@ def is_nested(items: list[Any]) -> bool:
 def list_changes(row: Row) -> tuple[str, ...]:
     """What `read_images` reads otherwise than it is written."""
     lists = [row[key] for key in IMAGE_KEYS if isinstance(row.get(key), list)]
-    if all(isinstance(item, str) and item for items in lists for item in items):
+    if not lists or all(isinstance(item, str) and item for items in lists for item in items):
         return ()
     nested = any(map(is_nested, lists))
     parts = [item for items in lists for item in items if nested and isinstance(item, list)]

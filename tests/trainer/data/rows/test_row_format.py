@@ -335,7 +335,9 @@ LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=Fa
 ANY = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6), max_leaves=25)
 OF_A_MESSAGE = ["from", "value", "role", "content", "loss", "human", "assistant", "tool_calls", "reasoning", "weight", "name"]
 MESSAGES = st.lists(st.dictionaries(st.sampled_from(OF_A_MESSAGE), ANY), max_size=4)
-SPOKEN = st.fixed_dictionaries({"role": WORDS | st.sampled_from(["user", "assistant", "tool"]), "content": ANY}, optional={"tool_calls": ANY})
+SPOKEN = st.fixed_dictionaries(
+    {"role": WORDS | st.sampled_from(["user", "assistant", "tool"]), "content": ANY}, optional={"tool_calls": ANY}
+)
 ROWS = (
     ANY
     | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
