@@ -95,6 +95,10 @@ def data(spec: TrainSpec) -> int:
         print(f"data: {change}: {rows:,} rows", flush=True)
     for text in describe_groups([as_problem(row) for row in found.left_out if row.done in ("left out", "cut")], SHOWN_CAUSES):
         print(f"data: {text}", flush=True)
+    for key, rows in report.summary.ignored_keys.items():
+        print(f"data: key {key!r} is not read: {rows:,} rows", flush=True)
+    for warning, rows in report.summary.warnings.items():
+        print(f"data: warning: {warning}: {rows:,} rows", flush=True)
     if not report.problems:
         (Path(spec.output) / DATA_PENDING_FILE).unlink(missing_ok=True)
     return Exit.USAGE if report.problems else Exit.OK

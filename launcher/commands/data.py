@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from launcher.redact import show
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
+from trainer.contract.wording import plural
 
 SHOWN_CAUSES = 20
 PROGRESS = re.compile(r"data: [\d,]+ rows checked, |data: files and rules are unchanged")  # trainer.data.examination, trainer.data.check
@@ -183,7 +184,9 @@ def describe_data(report: DataReport, max_length: int) -> str:
     lines = [
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
-        *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
+        *((("adjusted", describe_counts(summary.adjustments)),) if summary.adjustments else ()),
+        *((("ignored", f"keys that are not read: {describe_counts(summary.ignored_keys)}"),) if summary.ignored_keys else ()),
+        *((("warnings", describe_counts(summary.warnings)),) if summary.warnings else ()),
         *((("left out", contract.describe_left_out(report.left_out)),) if report.left_out else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
@@ -200,8 +203,8 @@ def describe_few_rows(report: DataReport, spec: TrainSpec) -> str:
     return f"note: a launch needs stage.global_batch={report.train_rows} or less: it is {batch}, and a step uses no row twice"
 
 
-def describe_adjustments(summary: DataSummary) -> str:
-    return "; ".join(f"{change} ({rows:,} rows)" for change, rows in summary.adjustments.items())
+def describe_counts(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{name} ({plural(rows, 'row')})" for name, rows in counts.items())
 
 
 def describe_sizes(report: DataReport) -> str:

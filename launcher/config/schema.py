@@ -275,6 +275,8 @@ class Data:
     truncated_images: Literal["refuse", "read"] = "refuse"  # a PNG or JPEG whose end is missing; read = as far as it goes
     # what boxes in texts are: pixels of the file, 0 to 1, thousandths; they are converted to the form of the model. as_written = left alone
     boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"
+    reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
+    question: str = ""  # of rows that have an image and its caption, and no question
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

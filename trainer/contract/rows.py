@@ -97,7 +97,8 @@ class DataSummary:
     """Training and held-out rows together. `smallest`, `largest`: (width, height) of an image in pixels, by area. `conversions`: kind ->
     number of images that are rotated upright or converted to RGB. Lengths are tokens of a whole sample, image tokens included; all 0 where
     `unmeasured` says why they were not counted. `trained_tokens`: those in the loss, about. `adjustments`: what was read otherwise than it
-    is written -> number of rows."""
+    is written -> number of rows. `ignored_keys`: keys of rows, messages and blocks that are not read -> number of rows.
+    `warnings`: what texts hold that may not be meant as text -> number of rows."""
 
     rows: int = 0
     rows_with_images: int = 0
@@ -112,6 +113,8 @@ class DataSummary:
     unmeasured: str = ""
     trained_tokens: int = 0
     adjustments: dict[str, int] = field(default_factory=dict)
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    warnings: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ class DataSpec:
     that they have the proportions of their weights, until the first set, or all of them, are used up (`mixing_stop`). `info`: a dataset_info.json
     that has the names in `train` and `evaluation`. `mirror`: a folder with copies of the data sets of a hub.
     `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
-    `turns`, `learn`: how rows are read (trainer.data.rows.row_rules).
+    `turns`, `learn`, `reasoning`, `question`: how rows are read (trainer.data.rows.row_rules).
     """
 
     name: str
@@ -240,6 +240,8 @@ class DataSpec:
     learn: Literal["all", "last"] = "all"
     truncated_images: Literal["refuse", "read"] = "refuse"  # an image file whose end is missing
     boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"  # what the numbers of boxes in texts are
+    reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
+    question: str = ""  # of rows with an image and its caption; '' = they are refused
 
     @property
     def leaves_rows_out(self) -> bool:

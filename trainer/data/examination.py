@@ -132,7 +132,8 @@ class DataExamination:
             add(sample, self.images, times(sample))
         for sample in fresh:
             converted = name_conversion(sample, self.spec.data.boxes)
-            self.samples.add(images=bool(sample.images), adjustments=(*sample.adjustments, *converted))
+            adjustments = (*sample.adjustments, *converted)
+            self.samples.add(images=bool(sample.images), adjustments=adjustments, ignored=sample.ignored, warnings=sample.warnings)
         self.left_out.list_adjusted(samples, use)
         return samples
 

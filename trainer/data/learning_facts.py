@@ -81,7 +81,9 @@ def names_side(text: str) -> bool:
 
 def digest_of(sample: Sample, images: Mapping[Path, Examined]) -> bytes:
     """Equal for rows with the same images and messages, under whatever names the images are saved."""
-    texts = (text for message in sample.messages for text in (message.role, message.content))
+    texts = [text for message in sample.messages for text in (message.role, message.content)]
+    if sample.tools or any(message.reasoning or message.calls for message in sample.messages):
+        texts += [repr((sample.tools, [(message.reasoning, message.calls) for message in sample.messages]))]
     return hash_text("\0".join((*pictures_of(sample, images), "", *texts)))
 
 

@@ -4,8 +4,9 @@ torch is imported only together with the model's processor, because the import t
 """
 
 from array import array
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from trainer.data.cut import IGNORED, Span, count_cut_images, find_spans
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.grounding.placement import make_placement
 from trainer.data.rows.sample import Sample
+from trainer.data.special_token import SpecialTokens, tokens_of_tokenizer
 
 if TYPE_CHECKING:
     from trainer.data.processor import Processor
@@ -44,13 +46,14 @@ class Measured:
 class Lengths:
     """`tokens` of each sample, including its `image_tokens`, in the order of the samples. A text is tokenized as a whole, which may give a
     token or two less per message than the model gets. `trained`: tokens in the loss of all samples, from the answers tokenized alone.
-    `unmeasured`: the reason when there are no lengths."""
+    `unmeasured`: the reason when there are no lengths. `warnings`: about special tokens in texts -> number of rows."""
 
     tokens: Sequence[int] = ()
     image_tokens: Sequence[int] = ()
     trained: int = 0
     problems: tuple[DataProblem, ...] = ()
     unmeasured: str = ""
+    warnings: dict[str, int] = field(default_factory=dict)
 
 
 class LengthTally:
@@ -64,6 +67,8 @@ class LengthTally:
         self.problems: list[DataProblem] = []  # of the model, and of rows
         self.too_long: list[DataProblem] = []  # of rows that data.too_long leaves out
         self.cut: list[tuple[Sample, int]] = []  # and the tokens of the whole sample
+        self.special: SpecialTokens | None = None
+        self.warnings: Tally[str] = Tally()
 
     def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]], *, training: bool = True) -> None:
         """`training`: only training samples are cut; of the others the last answer must be whole."""
@@ -78,7 +83,12 @@ class LengthTally:
         begun = self.counter is not None or self.problems
         reason = self.unmeasured or ("" if begun else "every row has a problem")
         return Lengths(
-            tokens=self.tokens, image_tokens=self.image_tokens, trained=self.trained, problems=tuple(self.problems), unmeasured=reason
+            tokens=self.tokens,
+            image_tokens=self.image_tokens,
+            trained=self.trained,
+            problems=tuple(self.problems),
+            unmeasured=reason,
+            warnings=dict(self.warnings),
         )
 
     def _begin(self, file: str) -> bool:
@@ -98,6 +108,7 @@ class LengthTally:
             else:
                 tokenizer, limit = self.processor.tokenizer, self.spec.data.max_length
                 self.counter = Counter(tokenizer=tokenizer, template=model.template, image_token=model.image_token, max_length=limit)
+                self.special = tokens_of_tokenizer(tokenizer, model.template, model.image_token)
                 self.problems += find_mark_problems(self.counter, file)
         return self.counter is not None
 
@@ -114,6 +125,10 @@ class LengthTally:
         placement = make_placement(self.spec, processor.scaled)
         samples = [placement.place(sample, [sizes(path) for path in sample.images]) for sample in samples]
         for sample, segments, count, trained in zip(samples, *counter.count(samples), strict=True):
+            if self.special is not None:
+                wrong, counted = self.special.find(sample)
+                self.problems += wrong
+                self.warnings.update(counted)
             spans = [processor.span(sizes(path), index) for index, path in enumerate(sample.images)]
             images = sum(map(len, spans))
             length = count + images - len(spans)

@@ -14,6 +14,7 @@ from trainer.data.grounding.placement import find_box_problems
 from trainer.data.media.image import Examined, examine_image
 from trainer.data.rows.parsed_row import printable
 from trainer.data.rows.sample import Sample
+from trainer.data.special_token import tokens_of_template
 
 # Marks and coordinates of a place in an image, as Qwen, InternVL, MiniCPM, LLaVA and ms-swift write them.
 BOXES = re.compile(
@@ -33,10 +34,12 @@ def examine_images(paths: Iterable[Path], *, truncated: bool = False) -> dict[Pa
 
 
 def find_problems(samples: Iterable[Sample], images: dict[Path, Examined], template: Template, image_token: str) -> Iterator[DataProblem]:
+    tokens = tokens_of_template(template, image_token)
     for sample in samples:
         yield from find_image_problems(sample, images)
         yield from find_template_problems(sample, template, image_token)
         yield from find_end_marks(sample, template)
+        yield from tokens.find(sample)[0]
 
 
 def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterator[DataProblem]:

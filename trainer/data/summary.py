@@ -9,6 +9,8 @@ from trainer.contract import DataSummary
 from trainer.data.length import Lengths
 from trainer.data.media.image import Examined
 
+MOST_KEYS, OTHER_KEYS = 100, "other keys"  # that are named: a table may have thousands of columns
+
 
 class SampleTally:
     """Counts samples that are added one at a time."""
@@ -16,11 +18,16 @@ class SampleTally:
     def __init__(self) -> None:
         self.rows = self.rows_with_images = 0
         self.adjustments: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
 
-    def add(self, *, images: bool, adjustments: Sequence[str]) -> None:
+    def add(self, *, images: bool, adjustments: Sequence[str], ignored: Sequence[str] = (), warnings: Sequence[str] = ()) -> None:
         self.rows += 1
         self.rows_with_images += images
         self.adjustments.update(adjustments)
+        self.warnings.update(warnings)
+        if ignored:
+            self.ignored.update(key if key in self.ignored or len(self.ignored) < MOST_KEYS else OTHER_KEYS for key in ignored)
 
 
 def summarise(samples: SampleTally, images: Collection[Examined], lengths: Lengths) -> DataSummary:
@@ -41,6 +48,8 @@ def summarise(samples: SampleTally, images: Collection[Examined], lengths: Lengt
         image_tokens=sum(lengths.image_tokens),
         unmeasured=lengths.unmeasured,
         adjustments=dict(sorted(samples.adjustments.items())),
+        ignored_keys=dict(sorted(samples.ignored.items())),
+        warnings=dict(sorted((samples.warnings + Counter(lengths.warnings)).items())),
         trained_tokens=lengths.trained,
     )
 

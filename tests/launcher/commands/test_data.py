@@ -112,6 +112,10 @@ def test_problems_without_a_file_to_write_them_to() -> None:
 def test_what_was_adjusted_is_counted_and_too_few_rows_are_noted(plan_for) -> None:
     adjusted = replace(REPORT, summary=replace(REPORT.summary, adjustments={"put first": 1500, "end mark": 2}))
     assert "adjusted   put first (1,500 rows); end mark (2 rows)" in describe_data(adjusted, 2048)
+    ignored = replace(REPORT, summary=replace(REPORT.summary, ignored_keys={"label": 1, "messages[].name": 1500}))
+    assert "ignored    keys that are not read: label (1 row); messages[].name (1,500 rows)" in describe_data(ignored, 2048)
+    warned = replace(REPORT, summary=replace(REPORT.summary, warnings={"long base64 in a text": 2}))
+    assert "warnings   long base64 in a text (2 rows)" in describe_data(warned, 2048)
     spec = plan_for("data=files", "data.train=a.json", "stage.global_batch=2000").spec
     assert describe_few_rows(REPORT, spec).startswith("note: a launch needs stage.global_batch=1200 or less: it is 2000")
     assert describe_few_rows(REPORT, plan_for("data=files", "data.train=a.json").spec) == ""

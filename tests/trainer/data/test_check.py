@@ -263,3 +263,10 @@ def test_adjusted_rows_are_counted(spec, write_data) -> None:
     file.write_text(json.dumps(rows))
     report = check_data(spec)
     assert (report.problems, set(report.summary.adjustments.values()), len(report.summary.adjustments)) == ((), {2}, 2)
+
+
+def test_rows_of_text_alone_need_no_folder_of_images(spec, tmp_path) -> None:
+    turns = [{"role": "user", "content": "Say one"}, {"role": "assistant", "content": "One"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"messages": turns}] * 4))
+    report = check_data(with_data(spec, images=""))
+    assert (report.problems, report.train_rows, report.images, report.summary.rows_with_images) == ((), 4, 0, 0)

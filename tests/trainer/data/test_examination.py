@@ -81,3 +81,24 @@ def test_a_long_check_says_how_far_it_is(spec: TrainSpec, write_data: Callable[.
     said = list[str]()
     examine_sets(spec, needed(spec, resolve(spec.data)), said.append)
     assert said[-1] == "data: 10 rows checked, 100 % of the files" and len(said) == 3
+
+
+def test_keys_that_are_not_read_are_counted_by_row_up_to_a_hundred_names(spec: TrainSpec, write_data: Callable[..., Path]) -> None:
+    file = write_data(5)
+    rows = [
+        row | {"rating": 5, **{f"column {number}-{at}": 1 for number in range(30)}} for at, row in enumerate(json.loads(file.read_text()))
+    ]
+    file.write_text(json.dumps(rows))
+    report, problems, _ = examine_data(spec)
+    ignored = report.summary.ignored_keys
+    assert problems == () and len(ignored) == 101 and ignored["rating"] == 5 and ignored["other keys"] == 51
+
+
+def test_special_tokens_of_the_tokenizer_are_counted(spec: TrainSpec, write_data: Callable[..., Path]) -> None:
+    file = write_data(4)
+    rows = json.loads(file.read_text())
+    rows[1]["conversations"][1]["value"] = "a <pad> here, and [INST]"
+    file.write_text(json.dumps(rows))
+    report, problems, _ = examine_data(spec)
+    assert problems == ()
+    assert report.summary.warnings == {"mark of a chat template in a text: [INST]": 1, "special token of the model in a text: <pad>": 1}

@@ -61,6 +61,16 @@ def find_template_problems(sample: Sample, template: Template, image_token: str)
 
     if sample.messages[0].role == "system" and CONTENT not in template.system:
         add_problem("the chat template of the model does not support a system message", "move its text into the first question")
+    for part in find_unshown(sample):
+        remedy = "set data.reasoning=strip" if part == "reasoning" else "remove them"
+        add_problem(f"the chat template of this model has no place for {part}", f"{remedy}, or use a model whose template has one")
     if image_token != MARK and any(image_token in message.content for message in sample.messages):
         add_problem(f"a message contains {image_token!r}, the image token of the model", f"write {MARK} for an image, or reword the text")
     return tuple(problems)
+
+
+def find_unshown(sample: Sample) -> tuple[str, ...]:
+    """What a conversation holds beside its texts."""
+    tools = sample.tools or any(message.calls or message.role == "tool" for message in sample.messages)
+    found = (("tools", tools), ("reasoning", any(message.reasoning for message in sample.messages)))
+    return tuple(name for name, present in found if present)

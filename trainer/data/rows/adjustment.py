@@ -13,7 +13,8 @@ from typing import Any
 
 from trainer.contract import ImageForm
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
-from trainer.data.rows.row_images import insert_marks, join_parts, without_empty
+from trainer.data.rows.reasoning import STRIPPED
+from trainer.data.rows.row_images import insert_marks, join_parts
 from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.turn_order import LEARNED_LAST, MARKED_FIRST, MARKED_LAST, learn_last, order_turns
 
@@ -22,10 +23,16 @@ from trainer.data.rows.turn_order import LEARNED_LAST, MARKED_FIRST, MARKED_LAST
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 OPENING = {"</s>": "<s>"}  # an answer about HTML: <s>struck through</s>
 IMAGE_FIRST, IMAGE_LAST = "one image without a mark, put first", "one image without a mark, put last"
-NO_IMAGE = "an empty image path in a row without a mark, read as no image"
 END_MARK = "end mark in the text of an answer, removed"
 ENCLOSED = re.compile(r"<image>\s*(?P<path>[^<>\n]+?)\s*</image>[ \t]*\n?")
 LEADING = re.compile(r"\s*(?:<image>\s*)?(?P<path>\S[^<>\n]*?\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?=\s|$)\s*", re.IGNORECASE)
+# Elsewhere in a question: alone, in Markdown, or in a tag of HTML.
+WITHIN = re.compile(
+    r"!\[[^\]\n]*\]\((?P<markdown>[^)\s]+)\)|<img\b[^<>]*?\bsrc\s*=\s*[\"']?(?P<html>[^\"'<>\s]+)[^<>]*>|"
+    r"(?P<plain>[^\s<>\"'()\[\]{}|*`,;]+\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?![\w/])",
+    re.IGNORECASE,
+)
+SUFFIX = re.compile(r"\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm|PNG|JPE?G)\b")
 SHOWN = 60  # characters of each text of a rewritten row
 SEVERAL = {"first": ImageForm(between="\n"), "last": ImageForm(place="after", between="\n")}
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
@@ -44,16 +51,22 @@ def adjust(parsed: ParsedRow, form: ImageForm, rules: RowRules = DEFAULT) -> tup
     """The row as it was meant, and what was changed. `form`: of an image without a mark."""
     if parsed.turns is None:
         return parsed, ()
-    given, images = parsed.images, without_empty(parsed.images, parsed.turns)
-    parsed = replace(parsed, images=images)
-    turns_given = parsed.turns or ()
-    ended = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in turns_given)
+    given = parsed.turns
+    changes = [*parsed.adjustments, *(name for turn in given if turn.adjustments for name in turn.adjustments)]
+    ended = tuple(trim(turn) if turn.role == "assistant" else turn for turn in given)
     ordered, reordered = order_turns(replace(parsed, turns=ended), rules)
     marked, placed = place_marks(ordered.turns or (), len(ordered.images), form, rules)
     turns = learn_last(marked) if rules.learn == "last" else marked
-    empty = (NO_IMAGE,) if images != given else ()
-    changes = (*empty, *placed, *((END_MARK,) if ended != turns_given else ()), *reordered, *((LEARNED_LAST,) if turns != marked else ()))
-    return replace(ordered, turns=join_parts(turns, form)), changes
+    changes += [*placed, *((END_MARK,) if ended != given else ()), *reordered, *((LEARNED_LAST,) if turns != marked else ())]
+    if rules.reasoning == "strip" and any(turn.reasoning for turn in turns):
+        turns = tuple(replace(turn, reasoning="") for turn in turns)
+        changes.append(STRIPPED)
+    return replace(ordered, turns=join_parts(turns, form)), tuple(dict.fromkeys(changes))
+
+
+def trim(turn: Turn) -> Turn:
+    content = without_end_mark(turn.content)
+    return turn if content == turn.content else replace(turn, content=content)
 
 
 def place_marks(turns: tuple[Turn, ...], images: int, form: ImageForm, rules: RowRules) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
@@ -73,7 +86,7 @@ def place_marks(turns: tuple[Turn, ...], images: int, form: ImageForm, rules: Ro
 def without_end_mark(answer: str) -> str:
     """Without the end marks at its end, and the spaces before them. An answer without one is unchanged, its spaces too."""
     text = answer.rstrip()
-    mark = next((mark for mark in END_MARKS if text.endswith(mark)), "")
+    mark = next((mark for mark in END_MARKS if text.endswith(mark)), "") if text.endswith(END_MARKS) else ""
     if not mark or (mark in OPENING and OPENING[mark] in text):
         return answer
     return without_end_mark(text.removesuffix(mark).rstrip())
@@ -93,7 +106,8 @@ def report_paths(parsed: ParsedRow, row: Row, folders: tuple[Path, ...], add_pro
 
 
 def find_paths(parsed: ParsedRow, folders: tuple[Path, ...]) -> Iterator[PathInText]:
-    """`<image>PATH</image>` anywhere in a question; and, in a row that names no image, an image file that exists, at its beginning."""
+    """`<image>PATH</image>` anywhere in a question; and, in a row that names no image, an image file that exists: one at its beginning, whose path
+    may have spaces, or the first one within it."""
     for turn in parsed.turns or ():
         if turn.role != "user":
             continue
@@ -101,6 +115,21 @@ def find_paths(parsed: ParsedRow, folders: tuple[Path, ...]) -> Iterator[PathInT
             yield PathInText(turn=turn, path=enclosed["path"], text=with_mark(turn.content, enclosed))
         elif not parsed.images and (leading := LEADING.match(turn.content)) and is_image(leading["path"], folders):
             yield PathInText(turn=turn, path=leading["path"], text=with_mark(turn.content, leading))
+        elif not parsed.images and (within := find_named(turn.content, folders)):
+            found, path = within
+            text = f"{turn.content[: found.start()]}{MARK}{turn.content[found.end() :]}"
+            yield PathInText(turn=turn, path=path, text=text)
+
+
+def find_named(text: str, folders: tuple[Path, ...]) -> tuple[re.Match[str], str] | None:
+    """The first name of an image file that exists, and its place."""
+    if not SUFFIX.search(text):
+        return None
+    for match in WITHIN.finditer(text):
+        path = next(filter(None, match.groups()))
+        if is_image(path, folders):
+            return match, path
+    return None
 
 
 def with_mark(content: str, match: re.Match[str]) -> str:

@@ -10,6 +10,7 @@ AddProblem = Callable[[str, str, str], None]  # (field, problem, fix)
 
 MARK = "<image>"
 REPORTED = object()  # the name of an image whose problem is known
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".jp2")  # of image files
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 
@@ -25,7 +26,7 @@ class ToolCall:
 class Turn:
     """One message. `content` has a MARK for each image. `in_loss`: whether an answer is trained on. `field`: its path in the row; `text_key`:
     the key of its text there, '' if the field is the text itself. `in_parts`: the content was a list of texts and images. `reasoning`, `calls`: as
-    of `trainer.data.rows.sample.Message`."""
+    of `trainer.data.rows.sample.Message`. `adjustments`: what of it was read otherwise than it is written."""
 
     role: Role
     content: str
@@ -35,6 +36,7 @@ class Turn:
     in_parts: bool = False
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
+    adjustments: tuple[str, ...] = ()
 
     @property
     def text_field(self) -> str:
@@ -54,12 +56,13 @@ class ImageReference:
 @dataclass(frozen=True, kw_only=True)
 class ParsedRow:
     """`turns` is None if one of them could not be parsed; their order and marks are not checked then. `field`: the key of the messages.
-    `tools`: the JSON of each tool."""
+    `tools`: the JSON of each tool. `adjustments`: what of the row, beside its turns, was read otherwise than it is written."""
 
     field: str
     turns: tuple[Turn, ...] | None
     images: tuple[ImageReference, ...]
     tools: tuple[str, ...] = ()
+    adjustments: tuple[str, ...] = ()
 
 
 def kind(value: Any) -> str:

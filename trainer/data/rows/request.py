@@ -1,7 +1,7 @@
 """Read the input file of stage infer: questions without answers, {"prompt", "image" or "images"} or {"messages", "images"}."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from trainer.data.containers.annotation import read_rows
 from trainer.data.media.store import MediaStore
 from trainer.data.rows.image_path import find_image, path_text
 from trainer.data.rows.inline_image import keep_images
+from trainer.data.rows.known_key import refuse_keys
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
-from trainer.data.rows.row_check import check_name, check_text, refuse_unread
-from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images, without_empty
-from trainer.data.rows.sample import Message, collect_problems
+from trainer.data.rows.row_check import check_name, check_text
+from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
+from trainer.data.rows.sample import Message, as_message, collect_problems
+from trainer.data.rows.tool import TOOL_KEYS
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
 SHOWN = 20  # causes in a message
@@ -54,9 +56,14 @@ def read_request(
     if not isinstance(row, dict):
         add_problem("", f"is {kind(row)}, not an object", f"write a row as {EXAMPLE}")
         return None, problems
-    refuse_unread(row, add_problem)
+    refuse_keys(row, add_problem)
+    for key in TOOL_KEYS:
+        if row.get(key):
+            add_problem(
+                key, "tools are not supported in questions", "write them into the system message, as the chat template of the model does"
+            )
     turns, images = read_question(row, add_problem)
-    images = keep_images(without_empty(images, turns), folder, store, add_problem)
+    images = keep_images(images, folder, store, add_problem)
     for image in images:
         check_name(image, add_problem)
     turns = place_images(turns, len(images), form, add_problem) if turns is not None else None
@@ -65,7 +72,7 @@ def read_request(
     return Request(
         row=number,
         id=row["id"] if isinstance(row.get("id"), str | int) else None,
-        messages=tuple(Message(role=turn.role, content=turn.content) for turn in turns),
+        messages=tuple(replace(as_message(turn), in_loss=True) for turn in turns),
         images=tuple(folder / path_text(find_image(image, folder)[0].name) for image in images),
     ), problems
 

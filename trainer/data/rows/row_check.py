@@ -5,37 +5,12 @@ from pathlib import Path
 
 from trainer.contract.wording import plural
 from trainer.data.rows.image_path import path_text, suggest
+from trainer.data.rows.known_key import IMAGE_MEANT, is_image_key
 from trainer.data.rows.parsed_row import MARK, REPORTED, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, shorten
-from trainer.data.rows.row_images import IMAGE_KEYS
 
-OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
-PREFERENCE = ("preference data is not supported", "give one answer for each question")
-# Keys that would change the training, but are not supported.
-UNREAD = {
-    "video": OTHER_MEDIA,
-    "videos": OTHER_MEDIA,
-    "audio": OTHER_MEDIA,
-    "audios": OTHER_MEDIA,
-    "tools": ("tools are not supported", "write them into the system message, as the chat template of the model does"),
-    "chosen": PREFERENCE,
-    "rejected": PREFERENCE,
-    "rejected_response": PREFERENCE,
-    "chat_template_kwargs": ("settings of a single row are not supported", "remove them, and set data.max_pixels for all images"),
-}
-# Keys, in any case, under which other data has its images, and the keys here.
-IMAGE_MEANT = {
-    "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
-    "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
-}  # fmt: skip
 FETCH = "save it with omnilaunch data fetch, then give the path of the file that it writes"
 SHOWN = 300  # characters of a path
 NO_FILE = "no image file at "
-
-
-def refuse_unread(row: Row, add_problem: AddProblem) -> None:
-    for key in sorted(UNREAD.keys() & row.keys()):
-        if row[key]:
-            add_problem(key, *UNREAD[key])
 
 
 def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProblem) -> None:
@@ -53,21 +28,27 @@ def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProb
 # ---------------------------------------------------------------------------------------------------------------- messages
 
 
+NAMES: dict[Role, str] = {"assistant": "answer", "tool": "result of a tool"}  # others: the role and `message`
+
+
 def check_text(turn: Turn, add_problem: AddProblem) -> None:
-    if not turn.content or turn.content.isspace():
-        what = "answer" if turn.role == "assistant" else f"{turn.role} message"
+    what = NAMES.get(turn.role, f"{turn.role} message")
+    if (not turn.content or turn.content.isspace()) and not turn.calls and turn.role != "tool":
         add_problem(turn.text_field, f"empty {what}", "write its text, or remove the row")
-    if MARK in turn.content and turn.role != "user":
-        what = "an answer" if turn.role == "assistant" else "a system message"
-        add_problem(turn.text_field, f"{MARK} mark in {what}", f"only questions may contain {MARK}")
+    if turn.role != "user" and (MARK in turn.content or MARK in turn.reasoning):
+        article = "an" if what[0] in "aeiou" else "a"
+        add_problem(turn.text_field, f"{MARK} mark in {article} {what}", f"only questions may contain {MARK}")
     try:
         turn.content.encode()
+        if turn.reasoning or turn.calls:
+            "".join((turn.reasoning, *(text for call in turn.calls for text in (call.name, call.arguments)))).encode()
     except UnicodeEncodeError:
         add_problem(turn.text_field, "half of a surrogate pair, which is not a character", "write the text again from its source")
 
 
 def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
-    """[system], then user and assistant alternately, ending with an answer; at least one of the answers is in the loss."""
+    """[system], then user and assistant alternately, ending with an answer; at least one of the answers is in the loss. An answer that calls tools is
+    followed by their results, and these by the next answer."""
     turns = [turn for index, turn in enumerate(parsed.turns or ()) if turn.role != "system" or index > 0]
     previous: Role = "assistant"
     for index, turn in enumerate(turns):
@@ -76,36 +57,68 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
                 turn.field, "a system message that is not the first message", "a conversation may have one system message, at its beginning"
             )
             continue
-        if turn.role == previous:
-            problem = f"two {turn.role} messages in a row" if index else "starts with an answer"
-            add_problem(turn.field, problem, "questions and answers must alternate, with a question first")
+        if problem := find_disorder(turn.role, previous, first=index == 0):
+            add_problem(turn.field, *problem)
         previous = turn.role
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         add_problem(parsed.field, "conversation without an answer", 'add the answer as the last message ("gpt" or "assistant")')
     elif turns[-1].role == "user":
         add_problem(turns[-1].field, "conversation ends with a question", "add its answer, or remove the question")
+    elif turns[-1].role == "tool":
+        add_problem(turns[-1].field, "conversation ends with the result of a tool", "add the answer, or remove the call and its result")
     elif not any(turn.in_loss for turn in answers):
         add_problem(parsed.field, "all answers have loss: false, so nothing would be learned", "remove the row, or one of these keys")
+
+
+def find_disorder(role: Role, previous: Role, *, first: bool) -> tuple[str, str] | None:
+    """(problem, fix) of a message after another one."""
+    if role == "tool":
+        wrong = first or previous == "user"
+        return ("the result of a tool without a call before it", "put it after the answer that calls the tool") if wrong else None
+    if role == "user" and previous == "tool":
+        return "a question after the result of a tool", "add the answer to the result"
+    if role != previous:
+        return None
+    problem = "starts with an answer" if first else f"two {role} messages in a row"
+    return problem, "questions and answers must alternate, with a question first"
 
 
 # -------------------------------------------------------------------------------------------------------------------- images
 
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
-    if check_name(image, add_problem) and not image.exists and not is_file(folder / path_text(image.name)):
-        problem, near = f"{NO_FILE}{shorten(str(folder / path_text(image.name)), SHOWN)}", suggest(image.name, folder)
-        hint = f"write {near!r} if that is meant; else " if near else ""
-        parts = [part.strip() for part in image.name.split(",")]
-        fix = f"{hint}put the file there, or set data.images (now {folder}) to the folder of the images"
-        if len(parts) > 1 and all(is_file(folder / part) for part in parts):
-            fix = f"write several images as a list: {shorten(json.dumps(parts), SHOWN)}"
-        add_problem(image.field, problem, fix)
+    if not check_name(image, add_problem) or image.exists or is_file(folder / path_text(image.name)):
+        return
+    if parts := split_paths(image.name, folder):
+        listed = shorten(json.dumps(parts, ensure_ascii=False), SHOWN)
+        add_problem(image.field, f"{shorten(image.name, SHOWN)!r} is several paths in one text", f"write a list: {listed}")
+        return
+    problem, near = f"{NO_FILE}{shorten(str(folder / path_text(image.name)), SHOWN)}", suggest(image.name, folder)
+    hint = f"write {near!r} if that is meant; else " if near else ""
+    add_problem(image.field, problem, f"{hint}put the file there, or set data.images (now {folder}) to the folder of the images")
 
 
 def missing_file(problem: str) -> str:
     """The path that a problem says is not there; '' for another problem."""
     return problem.removeprefix(NO_FILE) if problem.startswith(NO_FILE) else ""
+
+
+def split_paths(text: str, folder: Path) -> list[str]:
+    """The paths of image files that exist, in a text with commas or semicolons between them, or that is the JSON of a list; [] for any other."""
+    for parts in (parse_list(text), text.split(","), text.split(";")):
+        paths = [part.strip() for part in parts]
+        if (len(paths) > 1 or text.startswith("[")) and all(path and is_file(folder / path) for path in paths):
+            return paths
+    return []
+
+
+def parse_list(text: str) -> list[str]:
+    try:
+        found = json.loads(text) if text.startswith("[") else []
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) and found and all(isinstance(item, str) for item in found) else []
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
@@ -125,8 +138,8 @@ def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
 
 def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> bool:
     """Whether the images are under a known key. Without this, a row whose marks are missing too would be trained on without its image."""
-    wrong = next((key for key in row if key.lower() in IMAGE_MEANT and row[key] and isinstance(row[key], str | list)), None)
-    if parsed.images or wrong is None or any(row.get(key) for key in IMAGE_KEYS):
+    wrong = next((key for key in row if is_image_key(key, row)), None)
+    if parsed.images or wrong is None:
         return True
     meant = IMAGE_MEANT[wrong.lower()]
     add_problem(wrong, f"unknown key {wrong!r}: did you mean {meant!r}?", f"rename the key to {meant}")

@@ -1,34 +1,58 @@
 """The supported row formats, one entry each, tried in order. The content of a row is checked elsewhere."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 
+from trainer.data.rows.known_key import KNOWN_IN_ROW
 from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
-from trainer.data.rows.row_images import choose_images, has_tags, read_images, replace_named_marks, replace_tags
-from trainer.data.rows.turn import pair, read_system, read_turns
+from trainer.data.rows.plain_row import ask, has_image, read_caption, read_instruction, read_pair, read_pairs, read_prompt, read_question
+from trainer.data.rows.row_images import choose_images, find_tags, has_tags, list_changes, read_images, replace_named_marks, replace_tags
+from trainer.data.rows.row_rules import RowRules
+from trainer.data.rows.tool import TOOL_KEYS, read_tools
+from trainer.data.rows.turn import read_system, read_turns
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """`fits`: whether a row with `key` has this format. `read`: parses it, and reports what it cannot parse."""
+    """`fits`: whether a row with `key` has this format. `read`: parses it, and reports what it cannot parse. `texts`: keys of further texts.
+    `caption`: it has no question."""
 
     name: str
     key: str
     fits: Callable[[Row], bool]
     read: Callable[[Row, AddProblem], ParsedRow]
     example: str
+    texts: tuple[str, ...] = ()
+    caption: bool = False
 
 
-def parse_row(row: Row, add_problem: AddProblem) -> ParsedRow | None:
-    """None if the row has no known format, or two."""
-    row_format = find_format(row, add_problem)
-    return row_format.read(row, add_problem) if row_format else None
+def parse_row(row: Row, row_format: RowFormat | None, rules: RowRules, add_problem: AddProblem) -> ParsedRow | None:
+    """None without a format."""
+    parsed = row_format.read(row, add_problem) if row_format else None
+    if parsed is None or row_format is None:
+        return None
+    if row_format.caption and parsed.turns:
+        parsed = ask(parsed, rules.question, add_problem)
+    if not row.keys().isdisjoint(TOOL_KEYS):
+        parsed = replace(parsed, tools=read_tools(row, add_problem))
+    if changes := list_changes(row):
+        parsed = replace(parsed, adjustments=(*parsed.adjustments, *changes))
+    if not parsed.images and parsed.turns and (found := find_tags(parsed.turns)):
+        turns, images = replace_tags(parsed.turns, add_problem, found[0])
+        parsed = replace(parsed, turns=turns, images=images, adjustments=(*parsed.adjustments, found[1]))
+    return parsed
+
+
+def known_keys(row_format: RowFormat | None) -> frozenset[str]:
+    """Of rows of this format: the keys that are read, and those that change nothing."""
+    return KNOWN[row_format.name] if row_format else KNOWN_IN_ROW
 
 
 def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:
-    present = [key for key in KEYS[0] if key in row] or [key for key in KEYS[1] if key in row]
+    """None if the row has no known format, or two."""
+    present = [key for key in KEYS[0] if key in row] or find_other(row)
     if len(present) == 1:
         return next(each for each in FORMATS_OF_KEY[present[0]] if each.fits(row))
     if present:
@@ -37,10 +61,21 @@ def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:
         similar = nearest_format(row)
         add_problem(
             "",
-            f"unknown row format: keys {keys_of(row)}{suggest_keys(row) or f'; it lacks {similar.key!r}, which holds the texts'}",
+            f"unknown row format: keys {keys_of(row)}{suggest_keys(row) or lacks(row, similar)}",
             f"the most similar format is {similar.name}: {similar.example}",
         )
     return None
+
+
+def find_other(row: Row) -> list[str]:
+    """The keys of the first group with one that fits, after the first group."""
+    groups = ([key for key in group if key in row and any(each.fits(row) for each in FORMATS_OF_KEY[key])] for group in KEYS[1:])
+    return next(filter(None, groups), [])
+
+
+def lacks(row: Row, similar: RowFormat) -> str:
+    key = next((key for key in (similar.key, *similar.texts[:1]) if key not in row), "")
+    return f"; it lacks {key!r}, which holds the texts" if key else ""
 
 
 def suggest_keys(row: Row) -> str:
@@ -72,7 +107,7 @@ def read_listed(row: Row, add_problem: AddProblem, *, key: str) -> ParsedRow:
 
 def read_minicpm(row: Row, add_problem: AddProblem) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", add_problem)
-    return ParsedRow(field="conversations", turns=turns, images=read_images(row, add_problem))
+    return ParsedRow(field="conversations", turns=read_system(row, turns, add_problem), images=read_images(row, add_problem))
 
 
 def read_named(row: Row, add_problem: AddProblem) -> ParsedRow:
@@ -80,59 +115,13 @@ def read_named(row: Row, add_problem: AddProblem) -> ParsedRow:
     if turns is None:
         return ParsedRow(field="conversations", turns=None, images=())
     turns, images = replace_named_marks(row["image"], turns, add_problem)
-    return ParsedRow(field="conversations", turns=turns, images=images)
+    return ParsedRow(field="conversations", turns=read_system(row, turns, add_problem), images=images)
 
 
 def read_tagged(row: Row, add_problem: AddProblem) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", add_problem)
     turns, images = replace_tags(turns, add_problem) if turns is not None else (None, ())
     return ParsedRow(field="conversations", turns=read_system(row, turns, add_problem), images=images)
-
-
-def read_pairs(row: Row, add_problem: AddProblem) -> ParsedRow:
-    """[{"human": question, "assistant": answer}, ...]"""
-    pairs = row["conversation"]
-    if not isinstance(pairs, list) or not pairs or not all(isinstance(item, dict) for item in pairs):
-        add_problem("conversation", "is not a list of questions and answers", 'write [{"human": "...", "assistant": "..."}]')
-        return ParsedRow(field="conversation", turns=None, images=read_images(row, add_problem))
-    if any(has_message_keys(item) for item in pairs):
-        add_problem(
-            "conversation", "unknown key 'conversation' for messages: did you mean 'conversations'?", "rename the key to conversations"
-        )
-        return ParsedRow(field="conversation", turns=None, images=read_images(row, add_problem))
-    fields = [(f"conversation[{index}].human", f"conversation[{index}].assistant") for index in range(len(pairs))]
-    read = [pair(item.get("human"), item.get("assistant"), names, add_problem) for item, names in zip(pairs, fields, strict=True)]
-    turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
-    return ParsedRow(field="conversation", turns=read_system(row, turns, add_problem), images=read_images(row, add_problem))
-
-
-def has_message_keys(item: Row) -> bool:
-    """Whether it is one message, with a role, and not a pair of ms-swift."""
-    return not {"human", "assistant"} & item.keys() and bool({"from", "role"} & item.keys())
-
-
-def read_instruction(row: Row, add_problem: AddProblem) -> ParsedRow:
-    """LLaMA-Factory joins instruction and input with a line feed."""
-    question, more = row["instruction"], row.get("input")
-    if isinstance(question, str) and isinstance(more, str) and more:
-        question = f"{question}\n{more}" if question else more
-    elif more not in (None, ""):
-        question = more  # not a string: reported by `pair`
-    return read_pair(row, "instruction", question, "output", add_problem)
-
-
-def read_pair(row: Row, question_key: str, question: object, answer_key: str, add_problem: AddProblem) -> ParsedRow:
-    """A question and an answer under keys of their own, after the pairs of `history`."""
-    images = read_images(row, add_problem)
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(item, list) and len(item) == 2 for item in history):
-        add_problem("history", "is not a list of pairs", 'write [["question", "answer"], ...]')
-        return ParsedRow(field=question_key, turns=None, images=images)
-    past = [(item[0], item[1], (f"history[{index}][0]", f"history[{index}][1]")) for index, item in enumerate(history)]
-    pairs = (*past, (question, row.get(answer_key), (question_key, answer_key)))
-    read = [pair(first, second, fields, add_problem) for first, second, fields in pairs]
-    turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
-    return ParsedRow(field=question_key, turns=read_system(row, turns, add_problem), images=images)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the table
@@ -154,14 +143,16 @@ def has_blocks(row: Row) -> bool:
 
 MOST_KEYS = 40  # to compare, of a row in an unknown format: it may be a table with thousands of columns
 # Keys that identify a format. Those of the second group are also common names of columns, and used only if the row has none of the first.
-KEYS = (("conversations", "messages", "conversation"), ("query", "instruction"))
+KEYS = (
+    ("conversations", "messages", "conversation"), ("query", "instruction"), ("texts", "question", "prompt"), ("caption",), ("text",),
+)  # fmt: skip
 EXAMPLE_KEYS = (
     "id", "image", "images", "conversations", "messages", "conversation", "query", "response", "history", "instruction", "input",
-    "output", "system",
+    "output", "system", "question", "answer", "prompt", "completion", "texts", "caption", "file_name",
 )  # fmt: skip
 # Keys of other formats, and the keys here with the same meaning.
 MEANT = {
-    "question": "query", "prompt": "query", "answer": "response", "completion": "response", "caption": "response",
+    "questions": "question",
     "dialog": "conversations", "dialogue": "conversations", "chat": "messages", "image_path": "image", "img": "image",
 }  # fmt: skip
 USUAL = '{"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}'
@@ -169,7 +160,7 @@ ROW_FORMATS = (
     RowFormat(
         name="MiniCPM with an object of images",
         key="conversations",
-        fits=lambda row: isinstance(row.get("image"), dict) and not {"path", "bytes"} & set(row["image"]),
+        fits=lambda row: isinstance(row.get("image"), dict) and not {"path", "bytes", "url", "image"} & set(row["image"]),
         read=read_named,
         example='{"id": 1, "image": {"<image_00>": "a.png"}, "conversations": [{"role": "user", "content": "<image_00>\\n..."}, '
         '{"role": "assistant", "content": "..."}]}',
@@ -217,7 +208,7 @@ ROW_FORMATS = (
         name="ms-swift's conversation",
         key="conversation",
         fits=any_row,
-        read=read_pairs,
+        read=partial(read_pairs, key="conversation", asked="human"),
         example='{"system": "...", "conversation": [{"human": "<image>\\n...", "assistant": "..."}], "images": ["a.png"]}',
     ),
     RowFormat(
@@ -225,6 +216,7 @@ ROW_FORMATS = (
         key="query",
         fits=any_row,
         read=lambda row, add_problem: read_pair(row, "query", row["query"], "response", add_problem),
+        texts=("response", "history"),
         example='{"query": "<image>\\n...", "response": "...", "history": [["...", "..."]], "images": ["a.png"]}',
     ),
     RowFormat(
@@ -232,7 +224,50 @@ ROW_FORMATS = (
         key="instruction",
         fits=any_row,
         read=read_instruction,
+        texts=("input", "output", "history"),
         example='{"instruction": "<image>\\n...", "input": "...", "output": "...", "system": "...", "images": ["a.png"]}',
     ),
+    RowFormat(
+        name="The Cauldron",
+        key="texts",
+        fits=lambda row: isinstance(row["texts"], list),
+        read=partial(read_pairs, key="texts", asked="user"),
+        example='{"images": ["a.png"], "texts": [{"user": "<image>\\n...", "assistant": "..."}]}',
+    ),
+    RowFormat(
+        name="question and answer",
+        key="question",
+        fits=lambda row: "answer" in row or "answers" in row,
+        read=read_question,
+        texts=("answer", "history", "file_name"),
+        example='{"image": "a.png", "question": "<image>\\n...", "answer": "..."}',
+    ),
+    RowFormat(
+        name="prompt and completion",
+        key="prompt",
+        fits=lambda row: "completion" in row or "response" in row,
+        read=read_prompt,
+        texts=("completion", "response", "file_name", "history"),
+        example='{"image": "a.png", "prompt": "<image>\\n...", "completion": "..."}',
+    ),
+    RowFormat(
+        name="caption",
+        key="caption",
+        fits=has_image,
+        read=partial(read_caption, key="caption"),
+        texts=("file_name",),
+        caption=True,
+        example='{"image": "a.png", "caption": "..."}',
+    ),
+    RowFormat(
+        name="image and text",
+        key="text",
+        fits=has_image,
+        read=partial(read_caption, key="text"),
+        texts=("file_name",),
+        caption=True,
+        example='{"file_name": "a.png", "text": "..."}',
+    ),
 )
+KNOWN = {each.name: KNOWN_IN_ROW | {each.key, *each.texts} for each in ROW_FORMATS}
 FORMATS_OF_KEY = {key: tuple(each for each in ROW_FORMATS if each.key == key) for group in KEYS for key in group}

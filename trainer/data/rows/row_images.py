@@ -7,16 +7,22 @@ from typing import Any
 
 from trainer.contract import ImageForm
 from trainer.data.rows.image_form import as_trained, join_images
-from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, keys_of
-from trainer.data.rows.turn import FROM_IMAGES, PATH_KEYS
+from trainer.data.rows.parsed_row import MARK, SUFFIXES, AddProblem, ImageReference, Row, Turn, keys_of
+from trainer.data.rows.turn import FROM_IMAGES, path_of
 
 IMAGE_KEYS = ("image", "images")
+EMPTY = (None, "", [])
+NESTED, LEFT_OUT = "lists of images in a list, read as one list", "empty entry of a list of images, left out"
+IN_TAGS, IN_VISION_MARKS = "image path in <img> tags, read as an image", "image path between vision marks, read as an image"
 NAMED_MARK = re.compile(r"<image_\d+>")  # OpenBMB/MiniCPM-V: finetune/dataset.py
 TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)  # QwenLM/Qwen-VL; the words before it ("Picture 1: ") are part of the text
+VISION_MARKS = re.compile(r"<\|vision_start\|>([^<>|\n]+)<\|vision_end\|>")  # datawhalechina/self-llm: its lesson of Qwen2-VL
 
 
 def read_images(row: Row, add_problem: AddProblem) -> tuple[ImageReference, ...]:
-    given = [key for key in IMAGE_KEYS if row.get(key) not in (None, [])]
+    """Those under image or images. '' is none: InternVL's rows of text. Empty entries of a list are left out, and a list of lists, such as one for
+    each question, is one list."""
+    given = [key for key in IMAGE_KEYS if row.get(key) not in (None, [], "")]
     if len(given) > 1:
         add_problem("image", "both image and images are given", "keep one of them: a path or a list of paths")
     if not given:
@@ -24,27 +30,25 @@ def read_images(row: Row, add_problem: AddProblem) -> tuple[ImageReference, ...]
     key = given[0]
     if not isinstance(row[key], list):
         return (ImageReference(name=path_of(row[key]), field=key),)
-    if all(isinstance(item, list) for item in row[key]):  # transformers' processors take a list for each text
-        named = ((f"{key}[{outer}][{index}]", item) for outer, items in enumerate(row[key]) for index, item in enumerate(items))
-    else:
-        named = ((f"{key}[{index}]", item) for index, item in enumerate(row[key]))
-    return tuple(ImageReference(name=path_of(item), field=field) for field, item in named)
+    items = [(f"{key}[{index}]", item) for index, item in enumerate(row[key]) if item not in EMPTY]
+    if is_nested(row[key]):
+        items = [(f"{field}[{index}]", item) for field, part in items for index, item in enumerate(part) if item not in EMPTY]
+    return tuple(ImageReference(name=path_of(item), field=field) for field, item in items)
 
 
-def path_of(item: Any) -> Any:
-    """ms-swift and the datasets library write {"path": ..., "bytes": null}, others a block of a message without its type; bytes are kept as a file later
-    (trainer.data.rows.inline_image)."""
-    if not isinstance(item, dict) or item.get("bytes"):
-        return item
-    given = [item[key] for key in PATH_KEYS if item.get(key) is not None]
-    return given[0] if len(given) == 1 else item
+def is_nested(items: list[Any]) -> bool:
+    return any(isinstance(item, list) for item in items) and all(isinstance(item, list) for item in items if item not in EMPTY)
 
 
-def without_empty(images: tuple[ImageReference, ...], turns: Sequence[Turn] | None) -> tuple[ImageReference, ...]:
-    """Without null and '', which text rows of sets with images have, if no question has a mark."""
-    if any(MARK in turn.content for turn in turns or ()):
-        return images
-    return tuple(image for image in images if image.name not in (None, ""))
+def list_changes(row: Row) -> tuple[str, ...]:
+    """What `read_images` reads otherwise than it is written."""
+    lists = [row[key] for key in IMAGE_KEYS if isinstance(row.get(key), list)]
+    if not lists or all(isinstance(item, str) and item for items in lists for item in items):
+        return ()
+    nested = any(map(is_nested, lists))
+    parts = [item for items in lists for item in items if nested and isinstance(item, list)]
+    empty = any(item in EMPTY for items in (*lists, *parts) for item in items)
+    return (NESTED,) * nested + (LEFT_OUT,) * empty
 
 
 def choose_images(
@@ -116,20 +120,37 @@ def has_tags(row: Row) -> bool:
     return False
 
 
-def replace_tags(turns: tuple[Turn, ...], add_problem: AddProblem) -> tuple[tuple[Turn, ...], tuple[ImageReference, ...]]:
+def find_tags(turns: tuple[Turn, ...]) -> tuple[re.Pattern[str], str] | None:
+    """(pattern, adjustment) of the first form in which questions of a row without images name them: in tags, where all of these hold the path of
+    an image file, or between the marks of Qwen2-VL's template."""
+    asked = [turn.content for turn in turns if turn.role == "user" and "<" in turn.content]
+    for pattern, end, adjustment in ((TAG, "</img>", IN_TAGS), (VISION_MARKS, "<|vision_end|>", IN_VISION_MARKS)):
+        names = [name for text in asked if end in text for name in pattern.findall(text)]
+        if names and all(name.strip().lower().endswith(SUFFIXES) for name in names):
+            return pattern, adjustment
+    return None
+
+
+def replace_tags(
+    turns: tuple[Turn, ...], add_problem: AddProblem, tag: re.Pattern[str] = TAG
+) -> tuple[tuple[Turn, ...], tuple[ImageReference, ...]]:
     """Qwen-VL: the paths are in the text; each tag becomes MARK."""
     found: list[ImageReference] = []
     read: list[Turn] = []
     for turn in turns:
-        names = TAG.findall(turn.content)
+        names = tag.findall(turn.content)
         if names and turn.role != "user":
-            add_problem(turn.text_field, f"<img> in {describe_role(turn)}", "only questions may contain images")
+            add_problem(
+                turn.text_field,
+                f"{'<img>' if tag is TAG else 'an image path'} in {describe_role(turn)}",
+                "only questions may contain images",
+            )
             read.append(turn)
             continue
         if names and MARK in turn.content:
             add_problem(turn.text_field, f"both {MARK} and <img>", "use only one of them")
         found += [ImageReference(name=name.strip(), field=turn.text_field) for name in names]
-        read.append(replace(turn, content=TAG.sub(MARK, turn.content)) if names else turn)
+        read.append(replace(turn, content=tag.sub(MARK, turn.content)) if names else turn)
     return tuple(read), tuple(found)
 
 

@@ -9,15 +9,18 @@ from trainer.contract import DataSpec
 @dataclass(frozen=True, kw_only=True)
 class RowRules:
     """`unmarked`, `turns`, `learn`: of several images without marks, of messages in another order, and of earlier answers
-    (trainer.data.rows.turn_order)."""
+    (trainer.data.rows.turn_order). `reasoning`: of answers, kept or left out. `question`: of rows that have an image and its caption, '' = they are
+    refused."""
 
     unmarked: Literal["refuse", "first", "last"] = "refuse"
     turns: Literal["strict", "trim", "join"] = "strict"
     learn: Literal["all", "last"] = "all"
+    reasoning: Literal["keep", "strip"] = "keep"
+    question: str = ""
 
 
 DEFAULT = RowRules()
 
 
 def rules_of(data: DataSpec) -> RowRules:
-    return RowRules(unmarked=data.unmarked, turns=data.turns, learn=data.learn)
+    return RowRules(unmarked=data.unmarked, turns=data.turns, learn=data.learn, reasoning=data.reasoning, question=data.question)

@@ -16,11 +16,13 @@ from trainer.data.media.store import MediaStore
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.image_path import find_images, path_text
 from trainer.data.rows.inline_image import keep_images
+from trainer.data.rows.known_key import check_keys, refuse_keys
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
-from trainer.data.rows.row_check import check_parsed, refuse_unread
-from trainer.data.rows.row_format import USUAL, parse_row
+from trainer.data.rows.row_check import check_parsed
+from trainer.data.rows.row_format import USUAL, find_format, known_keys, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.selection import Selection
+from trainer.data.rows.text_mark import check_texts
 from trainer.data.sources.data_set import EMPTY, DataSet, set_of_file
 from trainer.data.sources.source import AnnotationSource
 
@@ -46,7 +48,8 @@ class Sample:
     """One conversation. The user's messages have one `<image>` for each of `images`, in order. `row` counts from 1. `part`, from 0: the
     conversation in a row with several. `accepted`: further correct answers to the last question, if the row lists them; the last message is
     the one that is trained on. `tools`: the JSON of each tool that the assistant may call. `adjustments`: what was changed so that the row is
-    read as it was meant (trainer.data.rows.adjustment)."""
+    read as it was meant (trainer.data.rows.adjustment). `ignored`: keys of the row, its messages and blocks that are not read. `warnings`: what its texts hold
+    that may not be meant as text."""
 
     id: str
     images: tuple[Path, ...]
@@ -59,6 +62,8 @@ class Sample:
     adjustments: tuple[str, ...] = ()
     objects: Objects | None = None  # boxes for the marks <bbox> and <ref-object> in its texts
     placed: bool = False  # whether boxes are in the form of the model (trainer.data.grounding.placement)
+    ignored: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
@@ -174,15 +179,18 @@ def read_row(
         return None, problems
     if source.columns is not None:
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
-    refuse_unread(row, add_problem)
-    parsed, adjustments, objects = parse_row(row, add_problem), (), None
+    refuse_keys(row, add_problem)
+    row_format, folders = find_format(row, add_problem), (source.images, source.file.parent)
+    parsed, adjustments, ignored, warnings, objects = parse_row(row, row_format, source.rules, add_problem), (), (), (), None
     if parsed is not None and parsed.images:
         parsed = replace(parsed, images=keep_images(parsed.images, source.images, source.store, add_problem))
-    if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
+    if parsed is not None and not report_paths(parsed, row, folders, add_problem):
+        ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
         parsed, adjustments = adjust(parsed, form, source.rules)
         parsed, renamed = find_images(parsed, source.images)
         adjustments += renamed
         check_parsed(parsed, row, source.images, add_problem)
+        warnings = check_texts(parsed, row, folders, add_problem)
         objects = read_objects(row, parsed, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems
@@ -198,6 +206,8 @@ def read_row(
         tools=parsed.tools,
         adjustments=adjustments,
         objects=objects,
+        ignored=ignored,
+        warnings=warnings,
     ), problems
 
 

@@ -13,9 +13,11 @@ from trainer.data.rows.parsed_row import AddProblem, Row
 COLUMNS = {
     "messages": "messages", "images": "images", "system": "system", "videos": "videos", "audios": "audios", "tools": "tools",
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "chosen": "chosen", "rejected": "rejected",
+    "kto_tag": "kto_tag",
 }  # fmt: skip
 PARTS = ("attr", "columns", "tags")
 ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+TOOL_TAGS = {"observation_tag": "observation", "function_tag": "function_call"}
 # Keys that identify a row format. If a map selects one of them, the others are ordinary columns and ignored.
 FORMAT_KEYS = ("conversations", "messages", "conversation", "query", "instruction", "response", "input", "output")
 
@@ -87,7 +89,8 @@ def read_columns(entry: Row) -> Columns:
     return Columns(
         keys={given[key]: ours for key, ours in COLUMNS.items() if key in given},
         message_keys={given[key]: ours for key, ours in tags.items() if key in given},
-        roles={given[key]: role for key, role in ROLE_TAGS.items() if key in given},
+        roles={given[key]: role for key, role in ROLE_TAGS.items() if key in given}
+        | {given[key]: role for key, role in TOOL_TAGS.items() if given.get(key, role) != role},
     )
 
 

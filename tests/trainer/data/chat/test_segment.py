@@ -6,6 +6,7 @@ import pytest
 from tests.trainer.data.conftest import CHATML, VICUNA
 from trainer.contract import InputRefused
 from trainer.data.chat.segment import cut, find_template_problems
+from trainer.data.rows.parsed_row import ToolCall
 from trainer.data.rows.sample import Message, Sample
 
 SYSTEM = Message(role="system", content="Be brief.")
@@ -63,3 +64,18 @@ def test_the_model_s_own_image_token_in_a_text() -> None:
     (problem,) = find_template_problems(confusing, CHATML, "<|image_pad|>")
     assert "'<|image_pad|>', the image token of the model" in problem.problem
     assert find_template_problems(confusing, CHATML, "<image>") == ()
+
+
+UNSHOWN = {
+    "tools": replace(sample(*TURNS), tools=("{}",)),
+    "reasoning": sample(TURNS[0], replace(TURNS[1], reasoning="It has ears.")),
+    "calls": sample(TURNS[0], replace(TURNS[1], calls=(ToolCall(name="zoom", arguments="{}"),))),
+    "results": sample(*TURNS[:2], Message(role="tool", content="ok"), TURNS[3]),
+}
+
+
+@pytest.mark.parametrize("name", UNSHOWN)
+def test_what_the_template_has_no_place_for(name: str) -> None:
+    (problem,) = find_template_problems(UNSHOWN[name], VICUNA, "<image>")
+    what = "reasoning" if name == "reasoning" else "tools"
+    assert problem.problem == f"the chat template of this model has no place for {what}"

@@ -114,6 +114,24 @@ PATHS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "a.png",
         {"messages": [*messages("<image>\nWhat?"), *messages("<image>\nAnd that?")], "image": ["a.png", "sub/d.webp"]},
     ),
+    "within the question": (
+        {"messages": messages("What is in a.png?")},
+        "messages[0].content",
+        "a.png",
+        {"messages": messages("What is in <image>?"), "image": "a.png"},
+    ),
+    "in Markdown": (
+        {"messages": messages("![it](sub/d.webp) What?")},
+        "messages[0].content",
+        "sub/d.webp",
+        {"messages": messages("<image> What?"), "image": "sub/d.webp"},
+    ),
+    "in a tag of HTML": (
+        {"messages": messages('See <img src="a.png" alt="x"> What?')},
+        "messages[0].content",
+        "a.png",
+        {"messages": messages("See <image> What?"), "image": "a.png"},
+    ),
     "ms-swift's query": (
         {"query": "a.png What?", "response": "x"},
         "query",

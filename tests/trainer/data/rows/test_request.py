@@ -61,7 +61,9 @@ def test_all_formats_of_a_question(tmp_path: Path) -> None:
         ({"prompt": "?", "video": "a.mp4"}, "only images are supported"),
         ({"messages": []}, "is empty"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "with a question first and last"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "the roles are tool"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "unknown role 'narrator'"),
+        ({"prompt": "?", "tools": [{"name": "zoom"}]}, "tools are not supported in questions"),
         ({"messages": [{"role": "system", "content": "<image>"}, {"role": "user", "content": "a"}]}, "mark in a system message"),
     ],
 )

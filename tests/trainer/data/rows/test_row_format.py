@@ -1,6 +1,7 @@
 """Every supported row format becomes the same Sample, and problems are reported with the keys of the row."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from trainer.contract import DataReport, encode
 from trainer.data.rows.parsed_row import MARK
 from trainer.data.rows.row_format import ROW_FORMATS, USUAL, nearest_format
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.sample import Message, Sample, read_samples
 
 ROLES = ("user", "assistant")
@@ -35,11 +37,11 @@ def address(url: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": url}
 
 
-def read(folder: Path, *rows: Any) -> Any:
+def read(folder: Path, *rows: Any, rules: RowRules = DEFAULT) -> Any:
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(b"any file: nothing is decoded here")
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    return read_samples(folder / "rows.json", folder)
+    return read_samples(folder / "rows.json", folder, rules=rules)
 
 
 # name -> (row, images, contents of the messages)
@@ -119,6 +121,12 @@ READ: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
         (ASK, TELL, "Sure?", "Yes."),
     ),
     "ms-swift's query alone": ({"query": ASK, "response": TELL, "images": "a.png", "history": None}, ("a.png",), (ASK, TELL)),
+    "messages under conversation": ({"image": "a.png", "conversation": llava(ASK, TELL)}, ("a.png",), (ASK, TELL)),
+    "MiniCPM, with a system message": (
+        {"image": "a.png", "system": "Be brief.", "conversations": talk(ASK, TELL)},
+        ("a.png",),
+        ("Be brief.", ASK, TELL),
+    ),
     "alpaca": ({"instruction": "<image>", "input": "What?", "output": TELL, "images": ["a.png"]}, ("a.png",), (ASK, TELL)),
     "alpaca without input": ({"instruction": ASK, "input": "", "output": TELL, "system": "", "images": ["a.png"]}, ("a.png",), (ASK, TELL)),
 }
@@ -141,7 +149,7 @@ def test_a_shape_becomes_the_record(tmp_path: Path, name: str) -> None:
 def test_the_example_of_every_format_is_read_as_that_format(tmp_path: Path) -> None:
     for row_format in ROW_FORMATS:
         row = json.loads(row_format.example)
-        (sample,), problems = read(tmp_path, row)
+        (sample,), problems = read(tmp_path, row, rules=RowRules(question="What?"))
         assert problems == (), row_format.name
         assert len(sample.images) == 1
         assert next(found for found in ROW_FORMATS if found.key in row and found.fits(row)) is row_format
@@ -166,15 +174,11 @@ def test_an_answer_with_loss_false_is_not_in_the_loss(tmp_path: Path) -> None:
 # row -> [(field, text of the problem)]
 NAMED = {"<image_00>": "a.png"}
 PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
-    "conversation, of messages": (
-        {"image": "a.png", "conversation": llava("<image>?", TELL)},
-        [("conversation", "unknown key 'conversation' for messages: did you mean 'conversations'?")],
-    ),
     "message": ({"message": talk("Hi", TELL)}, [("", "did you mean 'messages' in place of 'message'?")]),
-    "question and answer": (
-        {"question": "Hi", "answer": TELL},
-        [("", "did you mean 'query' in place of 'question', 'response' in place of 'answer'?")],
-    ),
+    "question without an answer": ({"question": "Hi", "image": "a.png"}, [("", "keys 'question', 'image'; it lacks 'answer'")]),
+    "several questions": ({"questions": "Hi", "answer": TELL}, [("", "did you mean 'question' in place of 'questions'?")]),
+    "a text alone": ({"text": "Once upon a time"}, [("", "unknown row format: keys 'text'")]),
+    "question and prompt": ({"question": "a", "answer": "b", "prompt": "c", "response": "d"}, [("", "has both question and prompt")]),
     "img, with a mark": ({"img": "a.png", "conversations": llava("<image>?", TELL)}, [("img", "unknown key 'img': did you mean 'image'?")]),
     "picture, without a mark": (
         {"picture": "a.png", "conversations": llava("What?", TELL)},
@@ -275,7 +279,9 @@ def test_problems(tmp_path: Path, name: str) -> None:
 
 
 NEAREST = {
-    ("image", "question", "answer"): '"query"',
+    ("image", "question"): '"question"',
+    ("img", "caption"): '"caption"',
+    ("prompt", "image"): '"prompt"',
     ("image", "conversation_list"): '"conversation',
     ("id", "image", "dialog"): '"image": "a.png", "conversations"',
     ("message",): '"messages"',
@@ -302,13 +308,41 @@ def test_a_row_without_its_texts_is_told_the_key_that_it_lacks(tmp_path: Path) -
 KEYS = (
     "conversations", "messages", "conversation", "query", "response", "instruction", "input", "output", "history", "image", "images",
     "from", "value", "role", "content", "type", "text", "human", "gpt", "user", "assistant", "system", "loss", "path", "bytes", "url",
-    "image_url", "id", "video", "tools", "objects",
+    "image_url", "id", "video", "tools", "objects", "tool", "tool_call", "tool_calls", "function_call", "function", "name", "arguments",
+    "reasoning_content", "thinking", "weight", "label", "question", "answer", "answers", "caption", "texts", "prompt", "completion",
+    "file_name", "detail", "channel",
 )  # fmt: skip
-WORDS = st.sampled_from((*KEYS, MARK, "<image_00>", "<img>a.png</img>", "a.png", "\ud83d", "\0", "", "<bbox>"))
+WORDS = st.sampled_from(
+    (
+        *(
+            *KEYS,
+            MARK,
+            "<image_00>",
+            "<img>a.png</img>",
+            "a.png",
+            "\ud83d",
+            "\0",
+            "",
+            "<bbox>",
+            "<video>",
+            '{"name": "x"}',
+            "<think></think>",
+        ),
+        *("<|vision_start|>a.png<|vision_end|>", "![a](a.png)", "a.png,b.png", "[INST]"),
+    )
+)
 LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | WORDS | st.text(max_size=5)
 ANY = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6), max_leaves=25)
-MESSAGES = st.lists(st.dictionaries(st.sampled_from(["from", "value", "role", "content", "loss", "human", "assistant"]), ANY), max_size=4)
-ROWS = ANY | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
+OF_A_MESSAGE = ["from", "value", "role", "content", "loss", "human", "assistant", "tool_calls", "reasoning", "weight", "name"]
+MESSAGES = st.lists(st.dictionaries(st.sampled_from(OF_A_MESSAGE), ANY), max_size=4)
+SPOKEN = st.fixed_dictionaries(
+    {"role": WORDS | st.sampled_from(["user", "assistant", "tool"]), "content": ANY}, optional={"tool_calls": ANY}
+)
+ROWS = (
+    ANY
+    | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
+    | st.fixed_dictionaries({"messages": st.lists(SPOKEN, min_size=1, max_size=5)}, optional={"images": ANY, "tools": ANY})
+)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -327,8 +361,10 @@ def test_no_row_makes_the_reader_raise(tmp_path: Path, rows: list[Any]) -> None:
 
 
 def assert_whole(sample: Sample) -> None:
-    roles = [message.role for message in sample.messages if message.role != "system"]
-    assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
+    roles = "".join(message.role[0] for message in sample.messages if message.role != "system")
+    assert re.fullmatch("(ua(t+a)*)+", roles), roles
+    kept = (*sample.tools, *sample.ignored, *sample.adjustments, *sample.warnings)
+    assert all(text.encode() for text in kept), "they can be written to a file"
     assert sum(message.content.count(MARK) for message in sample.messages if message.role == "user") == len(sample.images)
     assert not any(MARK in message.content for message in sample.messages if message.role != "user")
     assert all(image.is_file() for image in sample.images)

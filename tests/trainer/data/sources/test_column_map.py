@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from trainer.data.rows.parsed_row import ToolCall
 from trainer.data.rows.sample import read_samples
-from trainer.data.sources.column_map import INFO_FILE, find_columns
+from trainer.data.sources.column_map import INFO_FILE, find_columns, read_columns
 from trainer.data.sources.source import hash_sources
 
 MESSAGES = [{"speaker": "customer", "words": "<image>\nWhat?"}, {"speaker": "clerk", "words": "A cat."}]
@@ -43,6 +44,20 @@ def test_a_map_of_questions_and_answers(tmp_path: Path) -> None:
     (sample,), problems = read(tmp_path, {"mine": {"file_name": "rows.json", "columns": columns}}, row)
     assert problems == ()
     assert [message.content for message in sample.messages] == ["Be brief.", "Hi", "Hi!", "<image>\nWhat?", "A cat."]
+
+
+def test_roles_of_tools_are_mapped(tmp_path: Path) -> None:
+    talk = [MESSAGES[0], {"speaker": "caller", "words": '{"name": "zoom"}'}, {"speaker": "machine", "words": "ok"}, MESSAGES[1]]
+    info = INFOS["LLaMA-Factory"] | {"tags": TAGS | {"function_tag": "caller", "observation_tag": "machine"}}
+    (sample,), problems = read(tmp_path, {"mine": info}, ROW | {"dialog": talk})
+    assert problems == () and [message.role for message in sample.messages] == ["user", "assistant", "tool", "assistant"]
+    assert sample.messages[1].calls == (ToolCall(name="zoom", arguments="{}"),)
+
+
+def test_usual_names_of_roles_of_tools_change_no_hash(tmp_path: Path) -> None:
+    usual = TAGS | {"function_tag": "function_call", "observation_tag": "observation"}
+    columns = [read_columns({"columns": COLUMNS, "tags": tags}) for tags in (TAGS, usual)]
+    assert columns[0] == columns[1]
 
 
 def test_problems_use_the_names_of_the_file(tmp_path: Path) -> None:
