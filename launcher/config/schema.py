@@ -10,6 +10,7 @@ from typing import Any, Literal
 from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.source import ModelSource
 from trainer.contract import (
+    ChatTemplate,
     Augmentation,
     Conversion,
     EarlyStop,
@@ -190,6 +191,7 @@ class Model:
     notes: tuple[str, ...] = ()
     packable: bool = True  # false: samples packed into one row would attend to each other
     add_tokens: tuple[str, ...] = ()  # new tokens: embeddings and head get a row for each
+    chat_template: ChatTemplate = ""  # auto = that of the checkpoint's files where there is one; checkpoint; conf = model.template
 
 
 # ------------------------------------------------------------------------------------------------ stage, strategy, data
@@ -257,6 +259,7 @@ class Data:
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
+    system: str = "row"  # system message: row = its own, else the template's; default = the template's; none; or a text for every row
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

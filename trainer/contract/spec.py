@@ -24,6 +24,7 @@ SCHEMA = 1
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["train", "evaluate", "merge", "convert", "quantize", "infer", "serve"]
+ChatTemplate = Literal["", "auto", "checkpoint", "conf"]
 AcceptedChange = Literal["steps", "data"]
 SINGLE_PROCESS_KINDS = ("merge", "convert", "quantize", "serve")  # run in one process, without torchrun
 
@@ -61,7 +62,10 @@ class OtherSchema(SpecError):
 class Template:
     """A chat template as segments: labels come from the segments, not from a search in the tokens.
 
-    `user` holds `{content}`. The loss covers the answer and `end_mark`; everything else is masked.
+    `user` holds `{content}`. The loss covers the answer and `end_mark`; everything else is masked. `system`: the text of a conversation without a
+    system message; one that it has takes its place, in `system_frame`, which holds `{content}`. A `system` with `{content}` is such a frame, and
+    then there is no text without a message. `tool`: the frame of the result of a tool; `reasoning`: of what an answer thinks before its content.
+    A message without its frame is refused.
     """
 
     system: str = ""
@@ -69,6 +73,9 @@ class Template:
     assistant_open: str
     end_mark: str
     separator: str = ""
+    system_frame: str = ""
+    tool: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +145,8 @@ class Optimizer:
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """`groups`: name (vision, projector, lm, head) -> regex over parameter names in memory. `architecture`: for a random start only.
-    `add_tokens`: new tokens, for which embeddings and head get rows."""
+    `add_tokens`: new tokens, for which embeddings and head get rows. `chat_template`: which one conversations are written with: `checkpoint` = that
+    in the folder of the model, `conf` = `template`, `auto` = that of the folder where it has one. '' is conf, as in specs of earlier versions."""
 
     name: str
     family: str
@@ -149,6 +157,7 @@ class ModelSpec:
     template: Template
     attention: str
     add_tokens: tuple[str, ...] = ()
+    chat_template: ChatTemplate = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +194,8 @@ class DataSpec:
     `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
     `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
+    `system`: whose system message a conversation has: `row` = its own, or else the default of the chat template; `default` = always that of the
+    template; `none`; or a text, for every row.
     """
 
     name: str
@@ -202,6 +213,7 @@ class DataSpec:
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
+    system: str = "row"
 
 
 @dataclass(frozen=True, kw_only=True)

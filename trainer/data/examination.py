@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.contract import DataProblem, TrainSpec
 from trainer.contract.annotation_file import count_repeated
+from trainer.data.chat.system_choice import choose_system
 from trainer.data.containers.annotation import Position
 from trainer.data.learning_facts import FactTally
 from trainer.data.length import LengthTally
@@ -72,7 +73,8 @@ class DataExamination:
         tally = SourceTally(source.file, max(1, int(source.repeat)))
         wanted = count_repeated(count_samples(source), source.repeat) if source.repeat < 1 else sys.maxsize
         for found in in_chunks(stream_source(source, progress.begin())):
-            samples = [item for item in found if isinstance(item, Sample)][: wanted - tally.samples]
+            kept = [item for item in found if isinstance(item, Sample)][: wanted - tally.samples]
+            samples = [choose_system(sample, self.spec.data.system) for sample in kept]
             self.row_problems += (item for item in found if isinstance(item, DataProblem))
             tally.samples += len(samples)
             self._examine(samples, source.file, training=training, times=tally.times)

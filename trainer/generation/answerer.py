@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.collate import Features, collate_left, encode_arguments, make_features
+from trainer.data.chat.system_choice import with_system
 from trainer.data.encode import encode_prompt
 from trainer.data.media.image import check_size, flatten
 from trainer.data.processor import Processor
@@ -54,7 +55,7 @@ class Answerer:
         sample = Sample(
             id=question.name,
             images=(Path(),) * len(found),
-            messages=(*question.messages, Message(role="assistant", content="-")),
+            messages=(*with_system(question.messages, self.spec.data.system), Message(role="assistant", content="-")),
             file=question.name,
             row=0,
         )

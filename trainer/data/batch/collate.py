@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.draw import image_key, noise_spans
+from trainer.data.chat.system_choice import choose_system
 from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt
 from trainer.data.media.augment import augment
 from trainer.data.media.image import open_image
@@ -65,7 +66,8 @@ def collate_prompts(
     """
     cache = Cache(0) if cache is None else cache
     images = [load_images(sample, processor, spec, cache) for sample in samples]
-    prompts = [encode_prompt(sample, *encode_arguments(processor, spec, found)) for sample, found in zip(samples, images, strict=True)]
+    chosen = [choose_system(sample, spec.data.system) for sample in samples]
+    prompts = [encode_prompt(sample, *encode_arguments(processor, spec, found)) for sample, found in zip(chosen, images, strict=True)]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     tensors = collate_left([prompt.input_ids for prompt in prompts], [image for found in images for image in found], dummy, processor)
     return tensors, tuple(prompt.reference for prompt in prompts)
@@ -124,7 +126,7 @@ def feature_bytes(features: Features) -> int:
 
 def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, images: Sequence[Features], cache: Cache) -> Encoded:
     def make() -> Encoded:
-        return encode(sample, *encode_arguments(processor, spec, images))
+        return encode(choose_system(sample, spec.data.system), *encode_arguments(processor, spec, images))
 
     key = (
         sample.file,
