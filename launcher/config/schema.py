@@ -10,8 +10,8 @@ from typing import Any, Literal
 from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.source import ModelSource
 from trainer.contract import (
-    ChatTemplate,
     Augmentation,
+    ChatTemplate,
     Conversion,
     EarlyStop,
     Evaluation,

@@ -97,8 +97,8 @@ class DataExamination:
             seen.update((sample.row, sample.part) for sample in samples)
         for sample in fresh:
             self.samples.add(images=bool(sample.images), adjustments=sample.adjustments)
-        model = self.spec.model
-        wrong = list(find_problems(fresh, self.images, model.template, model.image_token))
+        template = self.lengths.find_template(str(file)) if fresh else None
+        wrong = list(find_problems(fresh, self.images, template, self.spec.model.image_token))
         bad = {(problem.file, problem.row) for problem in wrong}
         self.wrong += wrong
         self.lengths.add([sample for sample in fresh if (sample.file, sample.row) not in bad], lambda path: self.images[path].size)

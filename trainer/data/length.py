@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
 from trainer.contract.adapter_files import find_base
-from trainer.data.chat.segment import Segment, cut
+from trainer.data.chat.conversation import ChatTemplate, cut, writes_bos
+from trainer.data.chat.prefix import cut_or_problem
+from trainer.data.chat.segment import Segment
 from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.rows.sample import Sample
@@ -54,6 +56,17 @@ class LengthTally:
         for start in range(0, len(samples), CHUNK):
             self._measure(self.counter, self.processor, samples[start : start + CHUNK], sizes)
 
+    def find_template(self, file: str) -> ChatTemplate | None:
+        """What the conversations will be written with. None if only a machine that has the model's files can say it."""
+        begun = self._begin(file)
+        return (
+            self.counter.template
+            if begun and self.counter
+            else None
+            if self.spec.model.chat_template and source_of(self.spec)
+            else self.spec.model.template
+        )
+
     def lengths(self) -> Lengths:
         """`unmeasured` without any sample: every row has a problem."""
         begun = self.counter is not None or self.problems
@@ -78,13 +91,16 @@ class LengthTally:
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"
             else:
                 tokenizer, limit = self.processor.tokenizer, self.spec.data.max_length
-                self.counter = Counter(tokenizer=tokenizer, template=model.template, image_token=model.image_token, max_length=limit)
+                template = self.processor.template or model.template
+                self.counter = Counter(tokenizer=tokenizer, template=template, image_token=model.image_token, max_length=limit)
                 self.problems += find_mark_problems(self.counter, file)
         return self.counter is not None
 
     def _measure(
         self, counter: "Counter", processor: "Processor", samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]
     ) -> None:
+        samples, found = counter.refuse_uncut(samples)
+        self.problems += found
         cuts, counts, trained = counter.count(samples)
         self.trained += trained
         exact = counter.always_exact()
@@ -134,7 +150,7 @@ class Counter:
     """Counts texts with a tokenizer and a template."""
 
     tokenizer: Any
-    template: Template
+    template: ChatTemplate
     image_token: str
     max_length: int
 
@@ -142,11 +158,19 @@ class Counter:
         """The segments of each sample, the number of tokens of its whole text, in which an image is one token, and the trained tokens of all."""
         cuts = [cut(sample, self.template, self.image_token) for sample in samples]
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
-        first = len(opening(self.tokenizer))
+        first = len(opening(self.tokenizer)) * (not (cuts and writes_bos(self.template, cuts[0])))
         answers = [segment.text for segments in cuts for segment in segments if segment.in_loss]
         distinct = list(dict.fromkeys(answers))  # often a few words that occur many times
         trained = dict(zip(distinct, count_texts(self.tokenizer, distinct), strict=True))
         return cuts, [first + count for count in count_texts(self.tokenizer, texts)], sum(trained[answer] for answer in answers)
+
+    def refuse_uncut(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], list[DataProblem]]:
+        """Those that the checkpoint's own template can express, and the problems of the others. Of the template of the spec they are known before."""
+        if isinstance(self.template, Template):
+            return samples, []
+        cuts = [(sample, cut_or_problem(sample, self.template)) for sample in samples]
+        problems = [found for _, found in cuts if isinstance(found, DataProblem)]
+        return [sample for sample, found in cuts if not isinstance(found, DataProblem)] if problems else samples, problems
 
     def count_exactly(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
         """The exact length, as of `trainer.data.encode.encode`, and the problems that it would refuse."""
@@ -156,7 +180,7 @@ class Counter:
         except InputRefused:
             problem = f"the tokenizer does not find exactly one {self.image_token!r} for each of the {len(spans)} images"
             return images, [self.problem(sample, problem, "write <image> once for each image, and no text that looks like the image token")]
-        length = len(opening(self.tokenizer)) + sum(map(len, pieces))
+        length = (0 if writes_bos(self.template, segments) else len(opening(self.tokenizer))) + sum(map(len, pieces))
         if length > self.max_length:
             return length, [self.problem(sample, *too_long(length, images, self.max_length))]
         if not any(piece for segment, piece in zip(segments, pieces, strict=True) if segment.in_loss):

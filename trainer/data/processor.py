@@ -9,6 +9,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from trainer.contract import TrainSpec
+from trainer.data.chat.conversation import ChatTemplate
+
 Inputs = dict[str, Tensor]
 
 
@@ -35,6 +38,8 @@ class Processor:
     of its samples along the last dimension, and stack rows along dim=-2: [B, T] or [4, B, T]. None if the samples of a row would attend to
     each other in any case, so that the family does not support packing.
     `save(folder)`: writes every file that transformers' own processor of the family needs.
+    `image_mark`: what stands for an image in the chat template; '' = the image token. `template`: what conversations are written with, None = that of
+    the spec; `notes`: lines about it for the user.
     """
 
     tokenizer: Any
@@ -44,3 +49,11 @@ class Processor:
     axes: Mapping[str, int] = field(default_factory=dict)
     text_inputs: Callable[[Tensor], Inputs] = no_inputs
     position_ids: Callable[[Tensor, Sequence[Inputs]], Tensor] | None = count_up
+    image_mark: str = ""
+    template: ChatTemplate | None = None
+    notes: tuple[str, ...] = ()
+
+
+def template_of(processor: Processor, spec: TrainSpec) -> ChatTemplate:
+    """What the conversations of a run are written with."""
+    return processor.template or spec.model.template

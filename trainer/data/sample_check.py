@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.contract import Augmentation, DataProblem, Template
+from trainer.data.chat.conversation import ChatTemplate
 from trainer.data.chat.segment import find_template_problems
 from trainer.data.media.image import Examined, examine_image
 from trainer.data.rows.parsed_row import printable
@@ -30,11 +31,16 @@ def examine_images(paths: Iterable[Path]) -> dict[Path, Examined]:
     return found
 
 
-def find_problems(samples: Iterable[Sample], images: dict[Path, Examined], template: Template, image_token: str) -> Iterator[DataProblem]:
+def find_problems(
+    samples: Iterable[Sample], images: dict[Path, Examined], template: ChatTemplate | None, image_token: str
+) -> Iterator[DataProblem]:
+    """`template`: None = it is not known. What the checkpoint's own cannot express is found where its texts are counted (trainer.data.length)."""
     for sample in samples:
         yield from find_image_problems(sample, images)
-        yield from find_template_problems(sample, template, image_token)
-        yield from find_end_marks(sample, template)
+        if isinstance(template, Template):
+            yield from find_template_problems(sample, template, image_token)
+        if template is not None:
+            yield from find_end_marks(sample, template)
 
 
 def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterator[DataProblem]:
@@ -62,7 +68,7 @@ def find_moved_boxes(samples: Iterable[Sample], augmentation: Augmentation) -> I
             yield DataProblem(file=sample.file, row=sample.row, field="", problem=printable(problem), fix=f"set {keys}, or remove the row")
 
 
-def find_end_marks(sample: Sample, template: Template) -> Iterator[DataProblem]:
+def find_end_marks(sample: Sample, template: ChatTemplate) -> Iterator[DataProblem]:
     """Messages that contain the end mark of the template: the tokenizer turns it into the token that ends a turn."""
     mark = template.end_mark.strip()
     if not mark:

@@ -13,6 +13,7 @@ from trainer.checkpoint.journal import Journal, Row, write_rows
 from trainer.contract import SAMPLES_FILE, TrainSpec
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
+from trainer.data.processor import template_of
 from trainer.data.rows.sample import Sample
 from trainer.distributed.collective import gather_objects
 from trainer.evaluation.teacher_forcing import TEACHER_FORCED_METRICS, TokenScores, add_scores, figures, score_tokens
@@ -146,7 +147,7 @@ def split_batches(items: list, size: int) -> list[list]:
 def make_answerer(
     model: torch.nn.Module, processor: Processor, spec: TrainSpec, device: torch.device, *, together: bool
 ) -> Callable[[NumberedBatch], list[Row]]:
-    tokenizer, end_mark = processor.tokenizer, spec.model.template.end_mark
+    tokenizer, end_mark = processor.tokenizer, template_of(processor, spec).end_mark
     forced = any(name in TEACHER_FORCED_METRICS for name in spec.evaluation.metrics)
     # Every value is set: a missing one would be taken from the generation config of the checkpoint.
     config = GenerationConfig(

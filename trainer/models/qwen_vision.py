@@ -84,6 +84,7 @@ def assemble(
         ),
         save=processor_writer(model, tokenizer, images, kind, mark, **settings),
         position_ids=position_ids,
+        image_mark=mark,
     )
 
 

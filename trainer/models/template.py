@@ -55,7 +55,9 @@ def reasoning_macro(frame: str) -> str:
     before, placeholder, after = frame.partition(CONTENT)
     given = f"{quote(before)} ~ message['reasoning_content'] ~ {quote(after)}"
     written = given if placeholder else "raise_exception('This chat template does not support reasoning_content.')"
-    return f"{{%- macro thought(message) -%}}{{%- if message['reasoning_content'] -%}}{{{{ {written} }}}}{{%- endif -%}}{{%- endmacro -%}}\n"
+    return (
+        f"{{%- macro thought(message) -%}}{{%- if message['reasoning_content'] -%}}{{{{ {written} }}}}{{%- endif -%}}{{%- endmacro -%}}\n"
+    )
 
 
 def system_turn(template: Template) -> str:

@@ -35,6 +35,8 @@ def write_environment(
     refuse_other_environment(spec, report)
     if built is not None:
         trainable_table(built.staged.groups, print)
+        for note in built.processor.notes:
+            print(note)
         for name, where in built.kernels.items():
             print(f"kernel {name}: {where}")
         sys.stdout.flush()

@@ -154,7 +154,9 @@ def take_system(config: Config, record: CheckpointRecord, typed: Set[str]) -> tu
     trained = record.data.system if record.data else ROW
     if trained == config.data.system or "data.system" in typed or config.stage.kind == "train":
         return config, ()
-    return replace(config, data=replace(config.data, system=trained)), (f"data.system={printable(repr(trained) if ' ' in trained else trained)}",)
+    return replace(config, data=replace(config.data, system=trained)), (
+        f"data.system={printable(repr(trained) if ' ' in trained else trained)}",
+    )
 
 
 def take_adapter(config: Config, record: CheckpointRecord, typed: Set[str]) -> tuple[Config, tuple[str, ...]]:

@@ -47,6 +47,7 @@ class FakeProcessor:
     axes: Mapping[str, int] = field(default_factory=dict)
     text_inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = no_inputs
     position_ids: Callable[[torch.Tensor, Sequence[dict[str, torch.Tensor]]], torch.Tensor] = count_up
+    template: Any = None
 
 
 def image_features(image: Image.Image) -> dict[str, torch.Tensor]:

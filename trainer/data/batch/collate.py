@@ -140,7 +140,7 @@ def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, image
 def encode_arguments(processor: "Processor", spec: TrainSpec, images: Sequence[Features]) -> tuple[Any, ...]:
     """The arguments of `encode` and `encode_prompt` after the sample."""
     spans = tuple(processor.span(image.size, index) for index, image in enumerate(images))
-    return processor.tokenizer, spec.model.template, spec.model.image_token, spans, spec.data.max_length
+    return processor.tokenizer, processor.template or spec.model.template, spec.model.image_token, spans, spec.data.max_length
 
 
 def join(images: Sequence[Features], processor: "Processor") -> dict[str, Tensor]:
