@@ -99,9 +99,9 @@ class LengthTally:
     def _measure(
         self, counter: "Counter", processor: "Processor", samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]
     ) -> None:
-        samples, found = counter.refuse_uncut(samples)
+        samples, cuts, found = counter.cut(samples)
         self.problems += found
-        cuts, counts, trained = counter.count(samples)
+        counts, trained = counter.count(cuts)
         self.trained += trained
         exact = counter.always_exact()
         for sample, segments, count in zip(samples, cuts, counts, strict=True):
@@ -154,23 +154,23 @@ class Counter:
     image_token: str
     max_length: int
 
-    def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int], int]:
-        """The segments of each sample, the number of tokens of its whole text, in which an image is one token, and the trained tokens of all."""
-        cuts = [cut(sample, self.template, self.image_token) for sample in samples]
+    def cut(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[tuple[Segment, ...]], list[DataProblem]]:
+        """The samples that the template can express, the segments of each, and the problems of the others. The template of the spec can express all:
+        its problems were found before."""
+        if isinstance(self.template, Template):
+            return list(samples), [cut(sample, self.template, self.image_token) for sample in samples], []
+        found = [(sample, cut_or_problem(sample, self.template)) for sample in samples]
+        kept = [(sample, each) for sample, each in found if not isinstance(each, DataProblem)]
+        return [sample for sample, _ in kept], [each for _, each in kept], [each for _, each in found if isinstance(each, DataProblem)]
+
+    def count(self, cuts: Sequence[tuple[Segment, ...]]) -> tuple[list[int], int]:
+        """The number of tokens of each whole text, in which an image is one token, and the trained tokens of all. `cuts`: the segments of each."""
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
         first = len(opening(self.tokenizer)) * (not (cuts and writes_bos(self.template, cuts[0])))
         answers = [segment.text for segments in cuts for segment in segments if segment.in_loss]
         distinct = list(dict.fromkeys(answers))  # often a few words that occur many times
         trained = dict(zip(distinct, count_texts(self.tokenizer, distinct), strict=True))
-        return cuts, [first + count for count in count_texts(self.tokenizer, texts)], sum(trained[answer] for answer in answers)
-
-    def refuse_uncut(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], list[DataProblem]]:
-        """Those that the checkpoint's own template can express, and the problems of the others. Of the template of the spec they are known before."""
-        if isinstance(self.template, Template):
-            return samples, []
-        cuts = [(sample, cut_or_problem(sample, self.template)) for sample in samples]
-        problems = [found for _, found in cuts if isinstance(found, DataProblem)]
-        return [sample for sample, found in cuts if not isinstance(found, DataProblem)] if problems else samples, problems
+        return [first + count for count in count_texts(self.tokenizer, texts)], sum(trained[answer] for answer in answers)
 
     def count_exactly(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
         """The exact length, as of `trainer.data.encode.encode`, and the problems that it would refuse."""
