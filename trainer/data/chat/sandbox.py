@@ -6,6 +6,7 @@ each other and texts that grow in a loop take days: every loop, call of a macro 
 """
 
 import json
+import math
 import re
 import threading
 import time
@@ -30,20 +31,13 @@ class TemplateRefused(Exception):
     """The template cannot be used for a conversation. The text says why, as the end of a sentence about the template."""
 
 
-class Budget(threading.local):
-    """What the rendering that runs in this thread has used."""
-
-    steps = 0
-    until = 0.0
-
-
-budget = Budget()
+budget = threading.local()  # `steps` and `until` of the rendering that runs in a thread
 
 
 def spend(steps: int = 1) -> str:
     """Raises TemplateRefused. '' so that a template can call it."""
-    budget.steps += steps
-    if budget.steps > MOST_STEPS or (budget.until and time.monotonic() > budget.until):
+    budget.steps = getattr(budget, "steps", 0) + steps
+    if budget.steps > MOST_STEPS or time.monotonic() > getattr(budget, "until", math.inf):
         raise TemplateRefused("does not end: it takes more loops than any conversation needs")
     return ""
 

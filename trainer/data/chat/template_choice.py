@@ -1,5 +1,6 @@
 """Which chat template a model is trained and asked with: model.chat_template."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from trainer.data.chat.saved_template import DEFAULT, SavedTemplate, read_saved
 from trainer.data.rows.sample import MARK, Sample
 
 OURS = "{%- set image_mark = "  # how every template that trainer.models.template has written begins
+WORD = re.compile(r"Qv[a-z]w")  # those of `probe`
 SHOWN = 40  # characters of a difference
 # Conversations that both templates are compared with.
 PLAIN = (
@@ -75,7 +77,7 @@ def find_difference(found: CheckpointTemplate, model: ModelSpec) -> str:
 
 
 def shown(text: str, start: int) -> str:
-    return repr(text[start : start + SHOWN]) if start < len(text) else "the end"
+    return repr(WORD.sub("…", text[start : start + SHOWN])) if start < len(text) else "the end"
 
 
 def describe(found: CheckpointTemplate, saved: SavedTemplate, difference: str) -> list[str]:
