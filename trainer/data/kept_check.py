@@ -24,7 +24,7 @@ from trainer.data.sources.source import find_sources
 
 FOLDER = "checks"
 KEPT = 20  # results; the oldest ones are removed
-PACKAGES = ("pillow", "transformers", "tokenizers", "numpy")
+PACKAGES = ("pillow", "transformers", "tokenizers", "numpy", "jinja2")
 OTHER_KEYS = ("root", "rows", "workers", "packing", "padding_free", "length_aware")  # of the data, which change no result
 
 

@@ -209,6 +209,9 @@ def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
     mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
     if len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
-        problem = f"the end mark {mark!r} of the model's template is {len(ids)} tokens of the tokenizer, not a single special token"
-        fix = "use the tokenizer that belongs to the model, or set model.template.end_mark to the token that ends its answers"
+        own = isinstance(counter.template, Template)
+        whose = "the model's template" if own else "the checkpoint's chat template"
+        problem = f"the end mark {mark!r} of {whose} is {len(ids)} tokens of the tokenizer, not a single special token"
+        other = "model.template.end_mark to the token that ends its answers" if own else "model.chat_template=conf"
+        fix = f"use the tokenizer that belongs to the model, or set {other}"
         yield DataProblem(file=file, row=0, field="", problem=problem, fix=fix)
