@@ -87,7 +87,7 @@ def as_dict(template: CheckpointTemplate, message: Message) -> dict[str, Any]:
         found |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
     if message.calls:
         found["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}} for call in message.calls
+            {"type": "function", "function": {"name": call.name, "arguments": parse(call.arguments, call.name)}} for call in message.calls
         ]
     return found
 
@@ -106,8 +106,15 @@ def as_content(template: CheckpointTemplate, message: Message) -> str | list[dic
 
 
 def as_tool(tool: str) -> Any:
-    found = json.loads(tool)
+    found = parse(tool, "a tool")
     return {"type": "function", "function": found} if isinstance(found, dict) and "name" in found and "function" not in found else found
+
+
+def parse(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TemplateRefused(f"cannot write {what}: what the row has of it is not JSON") from error
 
 
 def shared_start(one: str, two: str) -> str:

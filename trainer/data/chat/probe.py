@@ -12,6 +12,7 @@ from trainer.data.rows.parsed_row import ToolCall
 from trainer.data.rows.sample import MARK, Message
 
 S, X, Y, Z, W, R, N, V = (f"Qv{letter}w" for letter in "abcdefgh")  # a word of its own for each place
+END_MARK = re.compile(r"<[^<>]*>|\S+")  # one token; Phi writes another one at the end of a conversation
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL = (
     f'{{"type": "function", "function": {{"name": "{N}", "description": "{V}", "parameters": {{"type": "object", "properties": {{}}}}}}}}'
@@ -82,7 +83,8 @@ def find_frames(template: CheckpointTemplate, end_mark: str) -> CheckpointTempla
     """What stands before and after an answer."""
     once, twice = write(template, (user(X), answer(Y))), write(template, (user(X), answer(Y), user(Z), answer(W)))
     last, middle = once.partition(Y)[2], twice.partition(Y)[2].partition(Z)[0]
-    end = shared_start(last, middle).strip() or last.strip()
+    found = END_MARK.match(without_part(shared_start(last, middle)).strip() or last.strip())
+    end = found[0] if found else ""
     known = replace(template, end_mark=end or end_mark.strip(), end_added=not end)
     thinking = any(THINKING in text for text in template.texts.values())
     asked = write(known, (user(X),), prompt=True)
@@ -99,6 +101,11 @@ def find_frames(template: CheckpointTemplate, end_mark: str) -> CheckpointTempla
     lines = opening.splitlines(keepends=True)
     openings = tuple(filter(str.strip, ("".join(lines[:count]) for count in range(len(lines), 0, -1))))
     return replace(known, openings=openings)
+
+
+def without_part(text: str) -> str:
+    """Without the first characters of a token in angle brackets at its end: two tokens that differ may begin with the same."""
+    return text[: text.rfind("<")] if text.rfind("<") > text.rfind(">") else text
 
 
 def begins_with_answer(whole: str, asked: str) -> bool:
@@ -127,7 +134,7 @@ def find_system(template: CheckpointTemplate) -> CheckpointTemplate:
     twice = write(template, (user(X), answer(Y), user(Z), answer(W)))
     once = write(template, (user(X), answer(Y)))
     first, later = twice.partition(X)[0], twice.partition(Y)[2].partition(Z)[0]
-    header = later.removeprefix(shared_start(later, once.partition(Y)[2]))
+    header = later.removeprefix(without_part(shared_start(later, once.partition(Y)[2])))
     if not header.strip():
         return template
     before = first.removesuffix(header)

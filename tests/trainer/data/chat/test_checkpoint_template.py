@@ -32,6 +32,7 @@ CALLS = (
     Message(role="tool", content='{"ok": true}'),
     TURNS[1],
 )
+TEXTS = ("minicpm", "marked", "phi")  # that take the content of a question as one text
 AFTER_IMAGE = {"internvl": "\n", "llava": "\n"}  # what the template writes behind an image
 
 
@@ -43,13 +44,13 @@ def sample_of(*messages: Message, tools: tuple[str, ...] = ()) -> Sample:
 def as_given(name: str, message: Message) -> dict[str, Any]:
     """As a user of transformers writes the message for this template."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
-    if name == "llava" or ("<image>" in message.content and name not in ("minicpm", "marked")):
+    if name == "llava" or ("<image>" in message.content and name not in TEXTS):
         parts: list[dict[str, str]] = []
         for number, text in enumerate(message.content.split("<image>")):
             text = text.removeprefix(AFTER_IMAGE.get(name, "")) if number else text
             parts += [{"type": "image"}] * bool(number) + [{"type": "text", "text": text}] * bool(text)
         found["content"] = parts
-    elif name in ("minicpm", "marked"):
+    elif name in TEXTS:
         found["content"] = message.content.replace("<image>", MARKS.get(name, IMAGE))
     if message.calls:
         calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in message.calls]
