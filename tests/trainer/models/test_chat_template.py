@@ -15,7 +15,10 @@ from tests.trainer.models.conftest import TINY, Made, talk
 from trainer.contract import InputRefused, Template
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import encode_arguments, load_images
+from trainer.data.chat.prefix import USE_CONF
 from trainer.data.encode import IGNORED, encode
+from trainer.data.length import LengthTally
+from trainer.data.media.image import read_size
 from trainer.data.rows.sample import Message, Sample
 from trainer.models.registry import find_family
 from trainer.models.template import chat_template
@@ -197,6 +200,23 @@ def test_the_exported_template_drops_nothing(tiny: Made, messages: list[dict[str
         tokenizer.apply_chat_template(messages[:1], chat_template=text, tools=[{"type": "function"}], tokenize=False)
     link = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "Hi"}]}]
     assert "<image>Hi" in tokenizer.apply_chat_template(link, chat_template=text, tokenize=False)
+
+
+def test_the_check_counts_and_reports_with_that_template(
+    make_tiny: Callable[[str], Made], samples: tuple[Sample, ...], tmp_path: Path
+) -> None:
+    made = make_tiny("tiny_qwen2_5_vl")
+    folder = copy_with(made, tmp_path / "own", read_shape("qwen3"))
+    processor = reopen(made, folder, "auto")
+    late = replace(talk(("a", "b"), row=9), messages=(*talk(("a", "b")).messages, SYSTEM, *talk(("c", "d")).messages))
+    tally = LengthTally(replace(made.spec, model=replace(made.spec.model, chat_template="auto")), processor)
+    tally.add((*samples[:2], late, samples[2]), read_size)
+    found = tally.lengths()
+    encoded = [encode_sample(sample, processor, made) for sample in samples]
+    assert list(found.tokens) == [len(ids) for ids, _, _ in encoded]
+    assert found.trained == sum(label != IGNORED for _, labels, _ in encoded for label in labels)
+    (problem,) = found.problems
+    assert (problem.row, problem.fix) == (9, USE_CONF) and "The system message comes first" in problem.problem
 
 
 def test_every_tiny_family_is_here() -> None:
