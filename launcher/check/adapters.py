@@ -128,7 +128,8 @@ def added_tokens_are_new_words(config: Config, _: Mapping[str, Stack]) -> Iterat
 def is_of_template(token: str, model: Model) -> bool:
     """Whether a new token would cut the texts around messages in another way than those that the model was trained with."""
     template = model.template
-    texts = (template.system, template.user.replace("{content}", ""), template.assistant_open, template.end_mark, template.separator)
+    frames = (template.system, template.user, template.system_frame, template.tool, template.reasoning)
+    texts = (*(frame.replace("{content}", "") for frame in frames), template.assistant_open, template.end_mark, template.separator)
     return token == model.image_token or any(token in text for text in texts)
 
 

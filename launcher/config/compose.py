@@ -16,7 +16,7 @@ from typing import Any
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
 from launcher.config.defaults import choose_duration, keys_of, settle, settle_rate, without_keys
 from launcher.config.expected import describe_expected
-from launcher.config.fact import refuse_facts, refuse_fixed, refuse_ignored
+from launcher.config.fact import complete, refuse_fixed, use_checkpoint_template
 from launcher.config.hint import Known, explain_file, explain_key, explain_value
 from launcher.config.key import FROM_RECORD, list_settings, member_of, takes_list, types_of, without_null
 from launcher.config.schema import AXES, Config
@@ -59,7 +59,7 @@ def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tu
         path = inner if place == conf.relative(file) else [section, *inner]
         return place if place.startswith("override") or _holds(conf.project.parent / place, path) else ""
 
-    return _complete(_validate(composed, overrides, conf), overrides), find_place
+    return complete(use_checkpoint_template(_validate(composed, overrides, conf)), overrides), find_place
 
 
 def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, tuple[Path, ...]]:
@@ -67,7 +67,7 @@ def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tup
     conf = as_conf_folder(conf)
     composed = _compose_settled(overrides, conf)
     files = (conf.find(group, choice) for group, choice in composed.choices.items() if choice)
-    config = _complete(_validate(composed, overrides, conf), overrides)
+    config = complete(use_checkpoint_template(_validate(composed, overrides, conf)), overrides)
     return config, (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
 
 
@@ -105,17 +105,7 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
     choose_duration(changed, keys_of(overrides))
     if "stage.checkpoint" in named:
         changed["stage"]["recorded"] = None  # of another checkpoint
-    return _complete(_validate(Composed(data=changed, choices=composed.choices), overrides, conf), overrides)
-
-
-def _complete(config: Config, overrides: Sequence[str]) -> Config:
-    """Activations are in the dtype of the weights. Raises ConfigRefused for overrides of facts about weights that exist."""
-    refuse_facts(overrides, config.model.source.kind)
-    if "stage.checkpoint" not in keys_of(overrides):  # whose model is judged where it is known
-        refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
-    if "precision.weights" in keys_of(overrides):
-        return replace(config, precision=replace(config.precision, compute=config.precision.weights))
-    return config
+    return complete(_validate(Composed(data=changed, choices=composed.choices), overrides, conf), overrides)
 
 
 def options(conf: Path | ConfFolder) -> dict[str, tuple[str, ...]]:

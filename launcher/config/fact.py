@@ -2,10 +2,13 @@
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launcher.config.defaults import keys_of
+from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 
 FILE = Path(__file__).with_name("facts.toml")
@@ -82,3 +85,25 @@ def prefixes(key: str) -> list[str]:
     """The key, and the sections that it is in: a.b.c, a.b, a."""
     parts = key.split(".")
     return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+
+
+# ------------------------------------------------------------------------------------- once all overrides are known
+
+
+def use_checkpoint_template(config: Config) -> Config:
+    """A new config, with the chat template of the checkpoint where it has one. A plan of an earlier version does not say which one it used."""
+    return replace(config, model=replace(config.model, chat_template=config.model.chat_template or "auto"))
+
+
+def complete(config: Config, overrides: Sequence[str]) -> Config:
+    """Activations are in the dtype of the weights, and a chat template that was typed is used. Raises ConfigRefused for overrides of facts about
+    weights that exist."""
+    typed = keys_of(overrides)
+    refuse_facts(overrides, config.model.source.kind)
+    if "stage.checkpoint" not in typed:  # whose model is judged where it is known
+        refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
+    if any(key.startswith("model.template.") for key in typed) and "model.chat_template" not in typed:
+        config = replace(config, model=replace(config.model, chat_template="conf"))
+    if "precision.weights" in typed:
+        return replace(config, precision=replace(config.precision, compute=config.precision.weights))
+    return config

@@ -11,6 +11,7 @@ from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.source import ModelSource
 from trainer.contract import (
     Augmentation,
+    ChatTemplate,
     Conversion,
     EarlyStop,
     Entries,
@@ -191,6 +192,7 @@ class Model:
     notes: tuple[str, ...] = ()
     packable: bool = True  # false: samples packed into one row would attend to each other
     add_tokens: tuple[str, ...] = ()  # new tokens: embeddings and head get a row for each
+    chat_template: ChatTemplate = ""  # auto = that of the checkpoint's files where there is one; checkpoint; conf = model.template
 
 
 # ------------------------------------------------------------------------------------------------ stage, strategy, data
@@ -277,6 +279,7 @@ class Data:
     boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"
     reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
     question: str = ""  # of rows that have an image and its caption, and no question
+    system: str = "row"  # system message: row = its own, else the template's; default = the template's; none; or a text for every row
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -54,12 +54,12 @@ DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
 # Keys of the config that the trainer's spec takes over unchanged, under the same name.
-MODEL_KEYS = ("name", "family", "groups", "image_token", "template", "add_tokens")
+MODEL_KEYS = ("name", "family", "groups", "image_token", "template", "add_tokens", "chat_template")
 STAGE_KEYS = (
     *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),
 )
-ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn", "truncated_images", "boxes", "reasoning", "question")
+ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn", "truncated_images", "boxes", "reasoning", "question", "system")
 DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation", *ROW_KEYS)
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),

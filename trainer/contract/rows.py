@@ -193,8 +193,8 @@ class RankFacts:
 class EnvReport:
     """Facts read from the running process, never copied from a config. `deepspeed`: the config given and the config in effect. `kernels`:
     fused kernel -> number of layers and package, or "plain" -> why there are none; empty if none was looked for. `toolkit`: versions of the
-    compute and communication libraries. `settings`: clocks and power caps per device. `determinism`: switch -> current value. Values that
-    cannot be read are left out."""
+    compute and communication libraries. `settings`: clocks and power caps per device. `determinism`: switch -> current value. `chat_template`:
+    which one conversations are written with, as lines. Values that cannot be read are left out."""
 
     schema: int
     hostname: str
@@ -216,6 +216,7 @@ class EnvReport:
     settings: dict[str, str] = field(default_factory=dict)
     determinism: dict[str, str] = field(default_factory=dict)
     ranks: tuple[RankFacts, ...] = ()
+    chat_template: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ SCHEMA = 1
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["train", "evaluate", "merge", "convert", "quantize", "infer", "serve"]
+ChatTemplate = Literal["", "auto", "checkpoint", "conf"]
 AcceptedChange = Literal["steps", "data"]
 SINGLE_PROCESS_KINDS = ("merge", "convert", "quantize", "serve")  # run in one process, without torchrun
 
@@ -61,7 +62,10 @@ class OtherSchema(SpecError):
 class Template:
     """A chat template as segments: labels come from the segments, not from a search in the tokens.
 
-    `user` holds `{content}`. The loss covers the answer and `end_mark`; everything else is masked.
+    `user` holds `{content}`. The loss covers the answer and `end_mark`; everything else is masked. `system`: the text of a conversation without a
+    system message; one that it has takes its place, in `system_frame`, which holds `{content}`. A `system` with `{content}` is such a frame, and
+    then there is no text without a message. `tool`: the frame of the result of a tool; `reasoning`: of what an answer thinks before its content.
+    A message without its frame is refused.
     """
 
     system: str = ""
@@ -69,6 +73,9 @@ class Template:
     assistant_open: str
     end_mark: str
     separator: str = ""
+    system_frame: str = ""
+    tool: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +145,8 @@ class Optimizer:
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """`groups`: name (vision, projector, lm, head) -> regex over parameter names in memory. `architecture`: for a random start only.
-    `add_tokens`: new tokens, for which embeddings and head get rows."""
+    `add_tokens`: new tokens, for which embeddings and head get rows. `chat_template`: which one conversations are written with: `checkpoint` = that
+    in the folder of the model, `conf` = `template`, `auto` = that of the folder where it has one. '' is conf, as in specs of earlier versions."""
 
     name: str
     family: str
@@ -149,6 +157,7 @@ class ModelSpec:
     template: Template
     attention: str
     add_tokens: tuple[str, ...] = ()
+    chat_template: ChatTemplate = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +218,8 @@ class DataSpec:
     that has the names in `train` and `evaluation`. `mirror`: a folder with copies of the data sets of a hub.
     `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
     `turns`, `learn`, `reasoning`, `question`: how rows are read (trainer.data.rows.row_rules).
+    `system`: whose system message a conversation has: `row` = its own, or else the default of the chat template; `default` = always that of the
+    template; `none`; or a text, for every row.
     """
 
     name: str
@@ -242,6 +253,7 @@ class DataSpec:
     boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"  # what the numbers of boxes in texts are
     reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
     question: str = ""  # of rows with an image and its caption; '' = they are refused
+    system: str = "row"
 
     @property
     def leaves_rows_out(self) -> bool:

@@ -1,13 +1,13 @@
 """Conversations to token ids and labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, NoReturn
 
-from trainer.contract import DataProblem, InputRefused, Template
-from trainer.data.chat.segment import cut
+from trainer.contract import DataProblem, InputRefused
+from trainer.data.chat.conversation import ChatTemplate, cut, cut_prompt, writes_bos
 from trainer.data.chat.segment_ids import token_ids, tokenise
 from trainer.data.cut import IGNORED, Span, count_cut_images, find_spans
 from trainer.data.rows.sample import Sample
@@ -39,7 +39,7 @@ class Prompt:
 def encode(
     sample: Sample,
     tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
+    template: ChatTemplate,
     image_token: str,
     spans: Sequence[Sequence[int]],
     max_length: int,
@@ -54,7 +54,7 @@ def encode(
     segments = cut(sample, template, image_token)
     unexpanded = tokenise(tokenizer, segments)
     pieces = expand(sample, unexpanded, image_id(tokenizer, image_token), spans)
-    start = opening(tokenizer)
+    start = () if writes_bos(template, segments) else opening(tokenizer)
     ids = [*start, *chain.from_iterable(pieces)]
     labels = [IGNORED] * len(start)
     for segment, piece in zip(segments, pieces, strict=True):
@@ -81,7 +81,7 @@ def cut_encoded(sample: Sample, whole: Encoded, images: Sequence[Span], max_leng
 def encode_prompt(
     sample: Sample,
     tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
+    template: ChatTemplate,
     image_token: str,
     spans: Sequence[Sequence[int]],
     max_length: int,
@@ -90,11 +90,10 @@ def encode_prompt(
 
     Raises InputRefused as `encode` does.
     """
-    messages = (*sample.messages[:-1], replace(sample.messages[-1], in_loss=True))  # so that the answer is a segment of its own
-    segments = cut(replace(sample, messages=messages), template, image_token)
-    last = max(index for index, segment in enumerate(segments) if segment.in_loss)
-    pieces = expand(sample, tokenise(tokenizer, segments[:last]), image_id(tokenizer, image_token), spans)
-    ids = [*opening(tokenizer), *chain.from_iterable(pieces)]
+    segments = cut_prompt(sample, template, image_token)
+    pieces = expand(sample, tokenise(tokenizer, segments), image_id(tokenizer, image_token), spans)
+    start = () if writes_bos(template, segments) else opening(tokenizer)
+    ids = [*start, *chain.from_iterable(pieces)]
     check_length(sample, len(ids), sum(map(len, spans)), max_length)
     return Prompt(input_ids=ids, reference=sample.messages[-1].content)
 

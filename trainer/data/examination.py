@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.contract import DataProblem, TrainSpec
 from trainer.contract.annotation_file import count_repeated
+from trainer.data.chat.system_choice import choose_system
 from trainer.data.containers.found import Position
 from trainer.data.grounding.placement import name_conversion
 from trainer.data.learning_facts import FactTally
@@ -88,8 +89,9 @@ class DataExamination:
             used = used_part(found, source, tally, uses)
             judged = [each for each, _ in used] if uses is not None else found
             self.row_problems += self.left_out.sort_out((problem for each in judged for problem in each.problems), side)
-            times = times_of(used)
-            samples = self._examine([each.sample for each, _ in used if each.sample is not None], source.file, use=side, times=times)
+            times, system = times_of(used), self.spec.data.system
+            kept = [choose_system(each.sample, system) for each, _ in used if each.sample is not None]
+            samples = self._examine(kept, source.file, use=side, times=times)
             tally.samples += len(samples)
             tally.uses += sum(map(times, samples))
             tally.pictures += (self.images[path].sha256 for sample in samples for path in sample.images)
@@ -103,11 +105,12 @@ class DataExamination:
         new = dict.fromkeys(path for sample in samples for path in sample.images if path not in self.images)
         if new:
             self.images |= examine_images(new, truncated=self.spec.data.truncated_images == "read")
-        seen, model = self.seen.get(file), self.spec.model
+        seen = self.seen.get(file)
         fresh = samples if seen is None else [sample for sample in samples if (sample.row, sample.part) not in seen]
         if seen is not None:
             seen.update((sample.row, sample.part) for sample in samples)
-        wrong = list(find_problems(fresh, self.images, model.template, model.image_token))
+        template = self.lengths.find_template(str(file)) if fresh else None
+        wrong = list(find_problems(fresh, self.images, template, self.spec.model.image_token))
         wrong += find_wrong_boxes(fresh, self.images, self.spec.data.boxes)
         moved = list(find_moved_boxes(samples, self.spec.data.augmentation)) if use == "train" else []
         bad = {(problem.file, problem.row) for problem in wrong}

@@ -27,7 +27,7 @@ from trainer.data.sources.data_set import DataSet, Side
 FOLDER = "checks"
 KEPT_ROWS = 100_000  # that are left out
 KEPT = 20  # results; the oldest ones are removed
-PACKAGES = ("pillow", "pillow-heif", "pyarrow", "transformers", "tokenizers", "numpy")
+PACKAGES = ("pillow", "pillow-heif", "pyarrow", "transformers", "tokenizers", "numpy", "jinja2")
 OTHER_KEYS = ("root", "rows", "workers", "packing", "padding_free", "length_aware")  # of the data, which change no result
 
 

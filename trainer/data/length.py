@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
 from trainer.contract.adapter_files import find_base
-from trainer.data.chat.segment import Segment, cut
+from trainer.data.chat.conversation import ChatTemplate, cut, writes_bos
+from trainer.data.chat.prefix import cut_or_problem
+from trainer.data.chat.segment import Segment
 from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
 from trainer.data.cut import IGNORED, Span, count_cut_images, find_spans
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
@@ -78,6 +80,17 @@ class LengthTally:
         for start in range(0, len(samples), CHUNK):
             self._measure(self.counter, self.processor, samples[start : start + CHUNK], sizes, training=training)
 
+    def find_template(self, file: str) -> ChatTemplate | None:
+        """What the conversations will be written with. None if only a machine that has the model's files can say it."""
+        begun = self._begin(file)
+        return (
+            self.counter.template
+            if begun and self.counter
+            else None
+            if self.spec.model.chat_template and source_of(self.spec)
+            else self.spec.model.template
+        )
+
     def lengths(self) -> Lengths:
         """`unmeasured` without any sample: every row has a problem."""
         begun = self.counter is not None or self.problems
@@ -107,7 +120,8 @@ class LengthTally:
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"
             else:
                 tokenizer, limit = self.processor.tokenizer, self.spec.data.max_length
-                self.counter = Counter(tokenizer=tokenizer, template=model.template, image_token=model.image_token, max_length=limit)
+                template = self.processor.template or model.template
+                self.counter = Counter(tokenizer=tokenizer, template=template, image_token=model.image_token, max_length=limit)
                 self.special = tokens_of_tokenizer(tokenizer, model.template, model.image_token)
                 self.problems += find_mark_problems(self.counter, file)
         return self.counter is not None
@@ -123,8 +137,10 @@ class LengthTally:
     ) -> None:
         data, exact = self.spec.data, counter.always_exact()
         placement = make_placement(self.spec, processor.scaled)
-        samples = [placement.place(sample, [sizes(path) for path in sample.images]) for sample in samples]
-        for sample, segments, count, trained in zip(samples, *counter.count(samples), strict=True):
+        placed = [placement.place(sample, [sizes(path) for path in sample.images]) for sample in samples]
+        samples, cuts, unwritten = counter.cut(placed)
+        self.problems += unwritten
+        for sample, segments, count, trained in zip(samples, cuts, *counter.count(cuts), strict=True):
             if self.special is not None:
                 wrong, counted = self.special.find(sample)
                 self.problems += wrong
@@ -182,20 +198,29 @@ class Counter:
     """Counts texts with a tokenizer and a template."""
 
     tokenizer: Any
-    template: Template
+    template: ChatTemplate
     image_token: str
     max_length: int
 
-    def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int], list[int]]:
-        """Of each sample: its segments, the number of tokens of its whole text, in which an image is one token, and the trained tokens."""
-        cuts = [cut(sample, self.template, self.image_token) for sample in samples]
+    def cut(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[tuple[Segment, ...]], list[DataProblem]]:
+        """The samples that the template can express, the segments of each, and the problems of the others. The template of the spec can express all:
+        its problems were found before."""
+        if isinstance(self.template, Template):
+            return list(samples), [cut(sample, self.template, self.image_token) for sample in samples], []
+        found = [(sample, cut_or_problem(sample, self.template)) for sample in samples]
+        kept = [(sample, each) for sample, each in found if not isinstance(each, DataProblem)]
+        return [sample for sample, _ in kept], [each for _, each in kept], [each for _, each in found if isinstance(each, DataProblem)]
+
+    def count(self, cuts: Sequence[tuple[Segment, ...]]) -> tuple[list[int], list[int]]:
+        """Of each sample: the number of tokens of its whole text, in which an image is one token, and the trained tokens. `cuts`: the segments of
+        each."""
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
-        first = len(opening(self.tokenizer))
+        first = len(opening(self.tokenizer)) * (not (cuts and writes_bos(self.template, cuts[0])))
         answers = [[segment.text for segment in segments if segment.in_loss] for segments in cuts]
         distinct = list(dict.fromkeys(chain.from_iterable(answers)))  # often a few words that occur many times
         trained = dict(zip(distinct, count_texts(self.tokenizer, distinct), strict=True))
         counts = [first + count for count in count_texts(self.tokenizer, texts)]
-        return cuts, counts, [sum(trained[answer] for answer in own) for own in answers]
+        return counts, [sum(trained[answer] for answer in own) for own in answers]
 
     def count_exactly(
         self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]], trained: int, *, cuts: bool = False
@@ -209,21 +234,21 @@ class Counter:
         except InputRefused:
             problem = f"the tokenizer does not find exactly one {self.image_token!r} for each of the {len(spans)} images"
             return replace(whole, problem=(problem, "write <image> once for each image, and no text that looks like the image token"))
-        start = len(opening(self.tokenizer))
+        start = 0 if writes_bos(self.template, segments) else len(opening(self.tokenizer))
         length = start + sum(map(len, pieces))
         whole = replace(whole, tokens=length, whole=length)
         if length > self.max_length and cuts:
             labels = [IGNORED] * start
             for segment, piece in zip(segments, pieces, strict=True):
                 labels += piece if segment.in_loss else [IGNORED] * len(piece)
-            return self.cut(whole, find_spans(unexpanded, image, spans, start), labels)
+            return self.shorten(whole, find_spans(unexpanded, image, spans, start), labels)
         if length > self.max_length:
             return replace(whole, problem=too_long(length, images, self.max_length), too_long=True)
         if not any(piece for segment, piece in zip(segments, pieces, strict=True) if segment.in_loss):
             return replace(whole, problem=NO_TOKEN_IN_LOSS)
         return whole
 
-    def cut(self, whole: Measured, images: Sequence[Span], labels: Sequence[int]) -> Measured:
+    def shorten(self, whole: Measured, images: Sequence[Span], labels: Sequence[int]) -> Measured:
         """What is left of a sample within `max_length`."""
         limit = self.max_length
         try:
@@ -256,6 +281,9 @@ def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
     mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
     if len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
-        problem = f"the end mark {mark!r} of the model's template is {len(ids)} tokens of the tokenizer, not a single special token"
-        fix = "use the tokenizer that belongs to the model, or set model.template.end_mark to the token that ends its answers"
+        own = isinstance(counter.template, Template)
+        whose = "the model's template" if own else "the checkpoint's chat template"
+        problem = f"the end mark {mark!r} of {whose} is {len(ids)} tokens of the tokenizer, not a single special token"
+        other = "model.template.end_mark to the token that ends its answers" if own else "model.chat_template=conf"
+        fix = f"use the tokenizer that belongs to the model, or set {other}"
         yield DataProblem(file=file, row=0, field="", problem=problem, fix=fix)

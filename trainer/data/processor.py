@@ -9,6 +9,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from trainer.contract import TrainSpec
+from trainer.data.chat.conversation import ChatTemplate
+
 Inputs = dict[str, Tensor]
 
 
@@ -36,6 +39,8 @@ class Processor:
     each other in any case, so that the family does not support packing.
     `scaled(size)`: (width, height) in pixels that an image of `size` is scaled to, for families whose boxes count those pixels.
     `save(folder)`: writes every file that transformers' own processor of the family needs.
+    `image_mark`: what stands for an image in the chat template; '' = the image token. `template`: what conversations are written with, None = that of
+    the spec; `notes`: lines about it for the user.
     """
 
     tokenizer: Any
@@ -46,3 +51,11 @@ class Processor:
     text_inputs: Callable[[Tensor], Inputs] = no_inputs
     position_ids: Callable[[Tensor, Sequence[Inputs]], Tensor] | None = count_up
     scaled: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    image_mark: str = ""
+    template: ChatTemplate | None = None
+    notes: tuple[str, ...] = ()
+
+
+def template_of(processor: Processor, spec: TrainSpec) -> ChatTemplate:
+    """What the conversations of a run are written with."""
+    return processor.template or spec.model.template

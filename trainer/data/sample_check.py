@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.contract import Augmentation, DataProblem, Template
+from trainer.data.chat.conversation import ChatTemplate
 from trainer.data.chat.segment import find_template_problems
 from trainer.data.grounding.placement import find_box_problems
 from trainer.data.media.image import Examined, examine_image
@@ -33,13 +34,19 @@ def examine_images(paths: Iterable[Path], *, truncated: bool = False) -> dict[Pa
     return found
 
 
-def find_problems(samples: Iterable[Sample], images: dict[Path, Examined], template: Template, image_token: str) -> Iterator[DataProblem]:
-    tokens = tokens_of_template(template, image_token)
+def find_problems(
+    samples: Iterable[Sample], images: dict[Path, Examined], template: ChatTemplate | None, image_token: str
+) -> Iterator[DataProblem]:
+    """`template`: None = it is not known. What the checkpoint's own cannot express is found where its texts are counted (trainer.data.length)."""
+    tokens = tokens_of_template(template, image_token) if isinstance(template, Template) else None
     for sample in samples:
         yield from find_image_problems(sample, images)
-        yield from find_template_problems(sample, template, image_token)
-        yield from find_end_marks(sample, template)
-        yield from tokens.find(sample)[0]
+        if isinstance(template, Template):
+            yield from find_template_problems(sample, template, image_token)
+        if template is not None:
+            yield from find_end_marks(sample, template)
+        if tokens is not None:
+            yield from tokens.find(sample)[0]
 
 
 def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterator[DataProblem]:
@@ -74,7 +81,7 @@ def find_moved_boxes(samples: Iterable[Sample], augmentation: Augmentation) -> I
             yield DataProblem(file=sample.file, row=sample.row, field="", problem=printable(problem), fix=f"set {keys}, or remove the row")
 
 
-def find_end_marks(sample: Sample, template: Template) -> Iterator[DataProblem]:
+def find_end_marks(sample: Sample, template: ChatTemplate) -> Iterator[DataProblem]:
     """Messages that contain the end mark of the template: the tokenizer turns it into the token that ends a turn."""
     mark = template.end_mark.strip()
     if not mark:

@@ -15,6 +15,7 @@ from trainer.data.batch.collate import collate, collate_prompts, reads_truncated
 from trainer.data.encode import IGNORED
 from trainer.data.grounding.placement import Placement, make_placement
 from trainer.data.media.image import read_size
+from trainer.data.processor import template_of
 from trainer.data.rows.sample import Sample
 from trainer.distributed.collective import gather_objects
 from trainer.evaluation.box_metric import BOX_METRICS, as_shares, rate_boxes
@@ -152,7 +153,7 @@ def split_batches(items: list, size: int) -> list[list]:
 def make_answerer(
     model: torch.nn.Module, processor: Processor, spec: TrainSpec, device: torch.device, *, together: bool
 ) -> Callable[[NumberedBatch], list[Row]]:
-    tokenizer, end_mark = processor.tokenizer, spec.model.template.end_mark
+    tokenizer, end_mark = processor.tokenizer, template_of(processor, spec).end_mark
     placement = make_placement(spec, processor.scaled)
     forced = any(name in TEACHER_FORCED_METRICS for name in spec.evaluation.metrics)
     # Every value is set: a missing one would be taken from the generation config of the checkpoint.

@@ -16,6 +16,7 @@ from trainer.checkpoint.retention import PARTIAL, remove
 from trainer.contract import SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, WeightsLineage
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILES, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX
+from trainer.data.chat.saved_template import FOLDER
 from trainer.models import find_family
 from trainer.stages.chain import groups_trained
 from trainer.tensor.stream import TensorToWrite, open_tensors, write_shards
@@ -103,6 +104,8 @@ def copy_files(folders: Sequence[Path], partial_folder: Path) -> None:
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.startswith("."):
                 shutil.copyfile(file, partial_folder / file.name)
+        if (folder / FOLDER).is_dir():
+            shutil.copytree(folder / FOLDER, partial_folder / FOLDER, dirs_exist_ok=True)
 
 
 def require_files(partial_folder: Path, spec: TrainSpec) -> None:

@@ -13,9 +13,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.collate import Features, collate_left, encode_arguments, make_features
+from trainer.data.chat.system_choice import with_system
 from trainer.data.encode import encode_prompt
 from trainer.data.media.image import check_size, flatten
-from trainer.data.processor import Processor
+from trainer.data.processor import Processor, template_of
 from trainer.data.rows.sample import Message, Sample
 from trainer.generation.batch_progress import BatchProgress, Callbacks, Halted, OnEnd, OnText
 from trainer.generation.question import Answer as Answer, EndReason as EndReason, Prepared as Prepared, Question as Question, check_messages
@@ -33,7 +34,7 @@ class Answerer:
         self.model, self.processor, self.spec, self.device = model, processor, spec, device
         self.context = find_context(model)
         self.bound = find_bound(spec)
-        self.end_mark = spec.model.template.end_mark.strip()
+        self.end_mark = template_of(processor, spec).end_mark.strip()
         self.ends = end_ids(processor.tokenizer, self.end_mark)
         self._lock = Lock()  # a fast tokenizer raises if two threads use it at the same time
 
@@ -54,7 +55,7 @@ class Answerer:
         sample = Sample(
             id=question.name,
             images=(Path(),) * len(found),
-            messages=(*question.messages, Message(role="assistant", content="-")),
+            messages=(*with_system(question.messages, self.spec.data.system), Message(role="assistant", content="-")),
             file=question.name,
             row=0,
         )

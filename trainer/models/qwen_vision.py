@@ -80,6 +80,7 @@ def assemble(
         scaled=grid.scaled,
         save=processor_writer(model, tokenizer, images, kind, mark, **settings),
         position_ids=position_ids,
+        image_mark=mark,
     )
 
 

@@ -2,6 +2,7 @@
 
 from trainer.contract import InputRefused
 from trainer.models.added_token import with_added_tokens
+from trainer.models.chat_template import with_chat_template
 from trainer.models.family import Family
 from trainer.models.internvl import INTERNVL
 from trainer.models.llava import LLAVA
@@ -20,4 +21,4 @@ def find_family(name: str) -> Family:
     """Raises InputRefused with the names of all families for an unknown one."""
     if name not in FAMILIES:
         raise InputRefused(f"model.family: {name!r} is not a family of the trainer; valid families: {', '.join(sorted(FAMILIES))}")
-    return with_added_tokens(FAMILIES[name])
+    return with_chat_template(with_added_tokens(FAMILIES[name]))

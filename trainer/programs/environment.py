@@ -31,10 +31,13 @@ def write_environment(
     report = report_environment(rank.device, rank.local, built.staged.groups if built else (), deepspeed, environ)
     if report is None:
         return
-    write(replace(report, origin=lineage, kernels=built.kernels if built else {}), Path(spec.output) / ENVIRONMENT_FILE)
+    found = {"kernels": built.kernels, "chat_template": built.processor.notes} if built else {}
+    write(replace(report, origin=lineage, **found), Path(spec.output) / ENVIRONMENT_FILE)
     refuse_other_environment(spec, report)
     if built is not None:
         trainable_table(built.staged.groups, print)
+        for note in built.processor.notes:
+            print(note)
         for name, where in built.kernels.items():
             print(f"kernel {name}: {where}")
         sys.stdout.flush()

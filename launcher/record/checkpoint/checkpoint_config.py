@@ -20,7 +20,7 @@ from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, absolute
 from launcher.record.checkpoint.adapter_base import find_base
-from launcher.record.checkpoint.checkpoint_data import refuse_unknown_data, take_data
+from launcher.record.checkpoint.checkpoint_data import ROW, refuse_unknown_data, take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint.foreign_weights import read_foreign
 from launcher.record.checkpoint.run_to_come import describe_run_to_come
@@ -106,7 +106,9 @@ def take_from_record(config: Config, record: CheckpointRecord, overrides: Sequen
     config, limits = take_limits(config, record, typed)
     config, adapter = take_adapter(config, record, typed)
     config, data = take_data(config, record.data, overrides)
-    recorded = replace(record.weights, differences=find_differences(config.model, record), taken=(*taken, *limits, *adapter, *data))
+    config, system = take_system(config, record, typed)
+    taken = (*taken, *limits, *adapter, *data, *system)
+    recorded = replace(record.weights, differences=find_differences(config.model, record), taken=taken)
     return replace(config, stage=replace(config.stage, recorded=recorded))
 
 
@@ -129,12 +131,14 @@ def take_model(
         more = (f"model={name}",) if known else () if "tune" in typed else ("tune=null",)
         config = for_this_machine(compose((*overrides, *more), conf), overrides)
     own = [override for override in overrides if override.startswith("model.")]
-    config = replace(config, model=record.model or with_architecture(config.model, record))
+    config = replace(config, model=record.model or with_recorded(config.model, record))
     return compose_over(config, own, conf) if own else config, (f"model={name}",)
 
 
-def with_architecture(model: Model, record: CheckpointRecord) -> Model:
-    """The model of conf/model with the sizes that the checkpoint was saved with. Of what comes from a hub, conf/model has them."""
+def with_recorded(model: Model, record: CheckpointRecord) -> Model:
+    """The model of conf/model with the chat template and the sizes that the checkpoint was saved with. Of what comes from a hub, conf/model has the
+    sizes."""
+    model = replace(model, chat_template=record.chat_template or model.chat_template)
     return replace(model, architecture=record.architecture) if record.architecture and model.source.kind == "random" else model
 
 
@@ -143,6 +147,16 @@ def take_limits(config: Config, record: CheckpointRecord, typed: Set[str]) -> tu
     values = {name: getattr(record, name) for name in ("max_pixels", "max_tiles")}
     found = {name: value for name, value in values.items() if value and not getattr(config.data, name) and f"data.{name}" not in typed}
     return replace(config, data=replace(config.data, **found)), tuple(f"data.{name}={value}" for name, value in found.items())
+
+
+def take_system(config: Config, record: CheckpointRecord, typed: Set[str]) -> tuple[Config, tuple[str, ...]]:
+    """The system message that the weights were trained with, for a stage that asks them."""
+    trained = record.data.system if record.data else ROW
+    if trained == config.data.system or "data.system" in typed or config.stage.kind == "train":
+        return config, ()
+    return replace(config, data=replace(config.data, system=trained)), (
+        f"data.system={printable(repr(trained) if ' ' in trained else trained)}",
+    )
 
 
 def take_adapter(config: Config, record: CheckpointRecord, typed: Set[str]) -> tuple[Config, tuple[str, ...]]:

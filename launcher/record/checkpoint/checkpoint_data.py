@@ -34,6 +34,7 @@ NEEDING_ROWS = {
     "quantize": "data=files data.train=FILE",
 }
 OF_FILES = ("max_length", "workers")  # go with the user's own rows
+ROW = "row"  # data.system: the row's own message, or the default of the chat template
 
 
 def read_data(plan: dict[str, Any], file: Path) -> Data:
@@ -60,7 +61,8 @@ def data_of_state(spec: dict[str, Any]) -> Data | None:
     if spec.get("stage.kind", "train") != "train" or not (named["builtin"] or named["train"]):
         return None
     length, workers = (int(spec.get(f"data.{name}") or 0) for name in OF_FILES)
-    return decode_as(Data, {**named, "max_length": length, "workers": workers}, Path(STATE_FILE))  # type: ignore[no-any-return]
+    more = {"max_length": length, "workers": workers, "system": str(spec.get("data.system") or ROW)}
+    return decode_as(Data, {**named, **more}, Path(STATE_FILE))  # type: ignore[no-any-return]
 
 
 def names_set(overrides: Sequence[str]) -> bool:

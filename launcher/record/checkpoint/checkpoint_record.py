@@ -17,7 +17,7 @@ from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint
 from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
 from launcher.redact import printable
-from trainer.contract import InputRefused, Lora
+from trainer.contract import ChatTemplate, InputRefused, Lora
 from trainer.contract.checkpoint_files import STATE_FILE, find_state_file
 from trainer.contract.weight_files import hash_weights
 
@@ -32,7 +32,7 @@ METHODS: dict[str, Literal["", "int8", "nf4"]] = {
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
     """`model`: None where only its name is known, and perhaps its `architecture`. `max_pixels`, `max_tiles`: of an image, as its processor was
-    saved; 0 = its own limit. `data`: that it was trained on, None where that is not known."""
+    saved; 0 = its own limit. `data`: that it was trained on, None where that is not known. `chat_template`: of a record without `model`; '' = not known."""
 
     weights: RecordedWeights
     model: Model | None
@@ -40,6 +40,7 @@ class CheckpointRecord:
     max_pixels: int = 0
     max_tiles: int = 0
     data: Data | None = None
+    chat_template: ChatTemplate = ""
 
 
 def read_checkpoint(found: FoundCheckpoint, text: str) -> CheckpointRecord | None:
@@ -137,6 +138,7 @@ def read_state(folder: Path) -> CheckpointRecord | None:
         max_pixels=pixels,
         max_tiles=tiles,
         data=data_of_state(spec),
+        chat_template=spec.get("model.chat_template") or "conf",  # earlier versions knew no other
     )
     return with_files(record, folder)
 

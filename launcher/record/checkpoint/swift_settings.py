@@ -59,7 +59,8 @@ def make_template(settings: SwiftSettings) -> Template | None:
         return None
     system = known["system"] if settings.system is None else settings.system
     frame = dict(table["frames"][known["frame"]])
-    return Template(**{**frame, "system": frame["system"].replace("{system}", system) if system else ""})
+    place = frame["system"].replace("{system}", "{content}")
+    return Template(**{**frame, "system": frame["system"].replace("{system}", system) if system else "", "system_frame": place})
 
 
 def take_swift(config: Config, settings: SwiftSettings, typed: Set[str]) -> tuple[Config, tuple[str, ...], tuple[str, ...]]:
@@ -76,6 +77,8 @@ def take_swift(config: Config, settings: SwiftSettings, typed: Set[str]) -> tupl
             f"{config.model.name}. Where they differ, the answers are worse: set model.template.system, .user, .assistant_open and .end_mark"
         )
         return config, tuple(taken), (note,)
+    if "model.chat_template" not in typed:
+        config = replace(config, model=replace(config.model, chat_template="conf"))  # ms-swift trains with its own, not that of the folder
     differing = [
         key for key in ("system", "user", "assistant_open", "end_mark") if getattr(wanted, key) != getattr(config.model.template, key)
     ]

@@ -48,6 +48,7 @@ class FakeProcessor:
     text_inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = no_inputs
     position_ids: Callable[[torch.Tensor, Sequence[dict[str, torch.Tensor]]], torch.Tensor] = count_up
     scaled: None = None
+    template: Any = None
 
 
 def image_features(image: Image.Image) -> dict[str, torch.Tensor]:

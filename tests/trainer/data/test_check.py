@@ -270,3 +270,21 @@ def test_rows_of_text_alone_need_no_folder_of_images(spec, tmp_path) -> None:
     (tmp_path / "train.json").write_text(json.dumps([{"messages": turns}] * 4))
     report = check_data(with_data(spec, images=""))
     assert (report.problems, report.train_rows, report.images, report.summary.rows_with_images) == ((), 4, 0, 0)
+
+
+@pytest.mark.parametrize(("rule", "adjusted"), [("row", 0), ("default", 1), ("none", 1), ("Be brief.", 1)])
+def test_system_messages_of_rows_that_are_not_used_are_counted(rule: str, adjusted: int, spec: TrainSpec, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    rows = [{"messages": [{"role": "system", "content": "Own."}, *turns]}, {"messages": [{"role": "user", "content": "Ho"}, turns[1]]}]
+    (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    framed = replace(spec, model=replace(spec.model, template=replace(spec.model.template, system_frame="{content} ")))
+    framed = replace(framed, batch=replace(framed.batch, global_batch=2))
+    report, problems, _ = examine_data(with_data(framed, system=rule))
+    assert problems == ()
+    assert sum(report.summary.adjustments.values()) == adjusted
+    if rule != "default":
+        return
+    plain = replace(spec, batch=framed.batch)  # the template has no place for it, and data.system=default leaves it out
+    assert examine_data(with_data(plain, system="default"))[1] == ()
+    (problem,) = examine_data(with_data(plain, system="row"))[1]
+    assert "data.system=default" in problem.fix

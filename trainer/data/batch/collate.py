@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.draw import image_key, noise_spans
+from trainer.data.chat.system_choice import choose_system
 from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt
 from trainer.data.grounding.placement import make_placement
 from trainer.data.media.augment import augment
@@ -67,9 +68,10 @@ def collate_prompts(
     """
     cache = Cache(0) if cache is None else cache
     images = [load_images(sample, processor, spec, cache) for sample in samples]
+    chosen = [choose_system(sample, spec.data.system) for sample in samples]
     prompts = [
         encode_prompt(place_boxes(sample, found, processor, spec), *encode_arguments(processor, spec, found))
-        for sample, found in zip(samples, images, strict=True)
+        for sample, found in zip(chosen, images, strict=True)
     ]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     tensors = collate_left([prompt.input_ids for prompt in prompts], [image for found in images for image in found], dummy, processor)
@@ -135,7 +137,7 @@ def feature_bytes(features: Features) -> int:
 
 def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, images: Sequence[Features], cache: Cache) -> Encoded:
     def make() -> Encoded:
-        placed = place_boxes(sample, images, processor, spec)
+        placed = place_boxes(choose_system(sample, spec.data.system), images, processor, spec)
         return encode(placed, *encode_arguments(processor, spec, images), cuts=spec.data.too_long == "cut")
 
     key = (
@@ -155,7 +157,7 @@ def place_boxes(sample: Sample, images: Sequence[Features], processor: "Processo
 def encode_arguments(processor: "Processor", spec: TrainSpec, images: Sequence[Features]) -> tuple[Any, ...]:
     """The arguments of `encode` and `encode_prompt` after the sample."""
     spans = tuple(processor.span(image.size, index) for index, image in enumerate(images))
-    return processor.tokenizer, spec.model.template, spec.model.image_token, spans, spec.data.max_length
+    return processor.tokenizer, processor.template or spec.model.template, spec.model.image_token, spans, spec.data.max_length
 
 
 def join(images: Sequence[Features], processor: "Processor") -> dict[str, Tensor]:

@@ -202,6 +202,7 @@ def assemble(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, saved: dict[s
             tokens=slicer.tokens,
         ),
         save=partial(save, model=model, slicer=slicer, write_tokenizer=write_tokenizer),
+        image_mark=MARK,
         axes={"pixel_values": -1},  # (1, 3, patch, patches * patch): the patches of all images side by side
     )
 

@@ -346,3 +346,44 @@ def test_another_checkpoint_of_a_rerun_is_not_described_by_the_old_record(make_r
 
 def test_the_rules_say_nothing_without_a_record() -> None:
     assert check(compose(["stage=serve", "stage.checkpoint=/x"], CONF), STACKS).ok
+
+
+# --------------------------------------------------------------------------------------- system message and chat template
+
+
+def test_weights_are_asked_with_the_system_message_they_were_trained_with(make_run: Make, tmp_path: Path) -> None:
+    make_run("one", "model=tiny_llava", "data.system='Be brief.'")
+    for stage in ("infer", "serve", "evaluate"):
+        config = composed(tmp_path, f"stage={stage}", "stage.checkpoint=one")
+        assert config.data.system == "Be brief."
+        assert "data.system='Be brief.'" in config.stage.recorded.taken  # type: ignore[union-attr]
+    assert composed(tmp_path, "stage=serve", "stage.checkpoint=one", "data.system=none").data.system == "none"
+    assert composed(tmp_path, "stage=full", "stage.checkpoint=one").data.system == "row"
+
+
+def test_the_chat_template_of_a_run_is_that_of_its_record(make_run: Make, tmp_path: Path) -> None:
+    make_run("one", "model=tiny_llava", "model.chat_template=checkpoint")
+    make_run("two", "model=tiny_llava")
+    plan = json.loads((tmp_path / "runs" / "two" / "plan.json").read_text(encoding="utf-8"))
+    assert plan["spec"]["model"]["chat_template"] == plan["config"]["model"].pop("chat_template") == "auto"
+    del plan["config"]["data"]["system"]
+    for key in ("system_frame", "tool", "reasoning"):
+        del plan["config"]["model"]["template"][key]
+    (tmp_path / "runs" / "two" / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert composed(tmp_path, "stage=serve", "stage.checkpoint=one").model.chat_template == "checkpoint"
+    # A record of an earlier version: its run wrote conversations with model.template.
+    assert composed(tmp_path, "stage=serve", "stage.checkpoint=two").model.chat_template == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        ((), "auto"),
+        (("model.template.end_mark=</s>",), "conf"),
+        (("model.template.end_mark=</s>", "model.chat_template=checkpoint"), "checkpoint"),
+    ],
+)
+def test_a_typed_template_is_used(words: tuple[str, ...], chosen: str) -> None:
+    config = compose(("model=tiny_llava", *words), CONF)
+    assert config.model.chat_template == chosen
+    assert compose_over(config, ("model.template.separator=x",), CONF).model.chat_template == "conf"

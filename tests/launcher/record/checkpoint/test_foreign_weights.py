@@ -213,6 +213,7 @@ def test_the_template_and_the_system_message_of_ms_swift_are_taken(base: Path) -
     config = composed(base.parent, "stage=evaluate", f"stage.checkpoint={base}")
     assert config.model.name == "tiny_qwen2_5_vl" and config.data.max_pixels == 1024
     assert config.model.template.system == "<|im_start|>system\nYou read plates.<|im_end|>\n"
+    assert config.model.chat_template == "conf"
     assert config.stage.recorded and config.stage.recorded.notes == ()
     assert r"model.template.system='<|im_start|>system\nYou read plates.<|im_end|>\n'" in config.stage.recorded.taken
 

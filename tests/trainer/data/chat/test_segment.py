@@ -66,16 +66,34 @@ def test_the_model_s_own_image_token_in_a_text() -> None:
     assert find_template_problems(confusing, CHATML, "<image>") == ()
 
 
-UNSHOWN = {
-    "tools": replace(sample(*TURNS), tools=("{}",)),
-    "reasoning": sample(TURNS[0], replace(TURNS[1], reasoning="It has ears.")),
-    "calls": sample(TURNS[0], replace(TURNS[1], calls=(ToolCall(name="zoom", arguments="{}"),))),
-    "results": sample(*TURNS[:2], Message(role="tool", content="ok"), TURNS[3]),
-}
+PLACED = replace(CHATML, system="<|im_start|>system\nHelp.<|im_end|>\n", system_frame=CHATML.system)
 
 
-@pytest.mark.parametrize("name", UNSHOWN)
-def test_what_the_template_has_no_place_for(name: str) -> None:
-    (problem,) = find_template_problems(UNSHOWN[name], VICUNA, "<image>")
-    what = "reasoning" if name == "reasoning" else "tools"
-    assert problem.problem == f"the chat template of this model has no place for {what}"
+def test_a_row_s_system_message_takes_the_place_of_the_default_text() -> None:
+    for message, text in ((None, "Help."), (SYSTEM, "Be brief.")):
+        messages = (*((message,) if message else ()), *TURNS[2:])
+        assert marked(PLACED, "<image>", *messages).startswith(f"<|im_start|>system\n{text}<|im_end|>\n<|im_start|>user\nSure?")
+    assert marked(PLACED, "<image>", replace(SYSTEM, content=""), *TURNS[2:]).startswith("<|im_start|>user\nSure?")
+
+
+def test_results_and_reasoning_have_frames_of_their_own() -> None:
+    framed = replace(PLACED, tool="<|im_start|>tool\n{content}<|im_end|>\n", reasoning="<think>\n{content}\n</think>\n\n")
+    thought = replace(TURNS[3], reasoning="Hm.")
+    assert marked(framed, "<image>", TURNS[2], TURNS[1], Message(role="tool", content="42"), thought).endswith(
+        "<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n[<think>\nHm.\n</think>\n\nYes.<|im_end|>]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "what"),
+    [
+        (TURNS, ("{}",), "tools"),
+        ((TURNS[0], replace(TURNS[1], calls=(ToolCall(name="f", arguments="{}"),)), *TURNS[2:]), (), "calls of tools"),
+        ((*TURNS[:2], Message(role="tool", content="42"), TURNS[3]), (), "the result of a tool"),
+        ((*TURNS[:3], replace(TURNS[3], reasoning="Hm.")), (), "the reasoning of an answer"),
+    ],
+)
+def test_what_has_no_frame_is_refused(messages: tuple[Message, ...], tools: tuple[str, ...], what: str) -> None:
+    (problem,) = find_template_problems(replace(sample(*messages), tools=tools), PLACED, "<image>")
+    assert problem.problem == f"the chat template of the model does not support {what}"
+    assert "model.chat_template=checkpoint" in problem.fix
