@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from trainer.contract.rows import DataProblem
+from trainer.contract.rows import DataProblem, LeftOutRow
 
 _EXAMPLES = 3
 # What differs between rows with the same cause: quoted values, paths and numbers.
@@ -24,6 +24,12 @@ def describe_left_out(counts: Mapping[str, int]) -> str:
     names = {"train": "training row", "evaluation": "held-out row"}
     parts = ((names.get(use, use), count, done) for key, count in counts.items() for use, _, done in (key.partition(" "),))
     return ", ".join(f"{count:,} {name}{'' if count == 1 else 's'} {done}" for name, count, done in parts)
+
+
+def as_problem(row: LeftOutRow) -> DataProblem:
+    """For a text: rows with the same reason are grouped as problems are. What was done takes the place of the fix."""
+    use = "" if row.use == "train" else "held-out: "
+    return DataProblem(file=row.file, row=row.row, field=row.key, problem=row.reason, fix=f"{use}{row.done}")
 
 
 def group_problems(problems: Sequence[DataProblem]) -> tuple[tuple[DataProblem, ...], ...]:
