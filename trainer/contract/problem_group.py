@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from trainer.contract.rows import DataProblem, LeftOutRow
+from trainer.contract.wording import shorten_values
 
+MODEL = "model "  # in place of the file, and before the name of the model: a problem of the model, of which no row is the cause
 _EXAMPLES = 3
 # What differs between rows with the same cause: quoted values, paths and numbers.
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S+\.\w{2,4}\b|\d+")
@@ -17,6 +19,11 @@ def describe_groups(problems: Sequence[DataProblem], groups: int) -> tuple[str, 
     shown = tuple(map(describe_group, found[:groups]))
     rest = sum(map(len, found[groups:]))
     return (*shown, f"... and {rest:,} more") if rest else shown
+
+
+def blame(problems: Sequence[DataProblem]) -> str:
+    """What has these problems: "data", or "model" where no row is the cause."""
+    return "model" if problems and all(problem.file.startswith(MODEL) for problem in problems) else "data"
 
 
 def describe_left_out(counts: Mapping[str, int]) -> str:
@@ -43,6 +50,7 @@ def group_problems(problems: Sequence[DataProblem]) -> tuple[tuple[DataProblem, 
 
 def describe_group(group: Sequence[DataProblem]) -> str:
     """One problem as it is; several as one line with their number and the first rows, and the texts of those where they differ."""
+    group = [shorten_problem(problem) for problem in group[:_EXAMPLES]] + list(group[_EXAMPLES:])
     first = group[0]
     if len(group) == 1:
         return str(first)
@@ -57,6 +65,16 @@ def describe_group(group: Sequence[DataProblem]) -> str:
             *others,
             f"    {choose_fix(group)}",
         )
+    )
+
+
+def shorten_problem(problem: DataProblem) -> DataProblem:
+    return DataProblem(
+        file=problem.file,
+        row=problem.row,
+        field=shorten_values(problem.field),
+        problem=shorten_values(problem.problem),
+        fix=shorten_values(problem.fix),
     )
 
 
