@@ -197,7 +197,9 @@ def describe_causes(report: DataReport, left_out: Sequence[dict[str, Any]]) -> s
 def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     if not problems:
         return f"{'problems':10} none"
-    texts = contract.describe_groups([contract.decode(contract.DataProblem, problem) for problem in problems], SHOWN_CAUSES)
+    found = [contract.decode(contract.DataProblem, problem) for problem in problems]
+    texts = contract.describe_groups(found, SHOWN_CAUSES)
     shown = "\n".join(f"  {text}" for text in texts)
     rest = f"\n  all of them: {file or 'with --out FILE, one JSON object a line'}" if len(problems) > 1 else ""
-    return f"{'problems':10} {len(problems):,}\n{shown}{rest}"
+    whose = "of the model: " if contract.blame(found) == "model" else ""
+    return f"{'problems':10} {whose}{len(problems):,}\n{shown}{rest}"

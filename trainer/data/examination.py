@@ -46,6 +46,7 @@ class DataExamination:
         self.left_out = LeftOutTally(skips=spec.data.bad_rows == "skip")
         self.tallies: dict[Path, list[SourceTally]] = {}
         self.seen: dict[Path, set[tuple[int, int]]] = {}  # samples of files that are read more than once
+        self.folders: dict[str, Path] = {}  # annotation file -> the folder that its image paths start at
         self.held_out_rows: int | None = None  # of a file that is also trained on
 
     def read(self, training: Path | None, held_out: Path | None, images_of: Callable[[Path], Path]) -> None:
@@ -53,6 +54,7 @@ class DataExamination:
         found = {file: find_sources(file, images_of(file), rules_of(self.spec.data)) for file in files}
         read = [source.file for sources, _ in found.values() for source in sources]
         self.seen = {file: set() for file, count in Counter(read).items() if count > 1}
+        self.folders = {str(source.file): source.images for sources, _ in found.values() for source in sources}
         progress = ReadingProgress(self.say, read)
         for file, (sources, problems) in found.items():
             self.row_problems += problems
