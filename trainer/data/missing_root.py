@@ -2,6 +2,7 @@
 the override with which they would be found, if there is one."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -46,21 +47,23 @@ def explain(file: Path, folder: Path, paths: Sequence[str], found: Sequence[Path
 
 def find_ways(file: Path, folder: Path, paths: Sequence[Path], found: Sequence[Path]) -> Iterator[str]:
     """Ways that would find all of the paths, tested on the file system."""
-    names = [path.relative_to(folder) if path.is_relative_to(folder) else None for path in paths]
+    relative = all(path.is_relative_to(folder) for path in paths) and not contains(file, f'"{paths[0]}"')
     own = [image.relative_to(folder) for image in found if image.is_relative_to(folder)]
     bases = list(dict.fromkeys(nearby(folder, file.parent)))
-    if all(names):
-        wanted = [*filter(None, names), *own[:TRIED]]  # what is found now must be found then
+    if relative:
+        wanted = [*(path.relative_to(folder) for path in paths), *own[:TRIED]]  # what is found now must be found then
         for base in bases:
             if all(is_file(base / name) for name in wanted):
                 yield f"they are in {base}: set data.images={shlex.quote(str(base))}"
     for base in bases:
         for depth in range(1, len(paths[0].parts)):
             prefix = Path(*paths[0].parts[:depth])
+            if relative and folder.is_relative_to(prefix):
+                continue
             if is_file(base / paths[0].relative_to(prefix)) and all(
                 path.is_relative_to(prefix) and is_file(base / path.relative_to(prefix)) for path in paths
             ):
-                yield describe_move(file, folder, base, prefix)
+                yield describe_move(file, base, prefix.relative_to(folder) if relative else prefix)
                 break
 
 
@@ -75,14 +78,16 @@ def nearby(folder: Path, beside: Path) -> Iterator[Path]:
             continue
 
 
-def describe_move(file: Path, folder: Path, base: Path, prefix: Path) -> str:
+def describe_move(file: Path, base: Path, prefix: Path) -> str:
     """Files of the same names without the first folders of their paths. data.images does not change whole paths, so the rows are rewritten."""
-    written = f"{prefix.relative_to(folder)}/" if prefix.is_relative_to(folder) else f"{str(prefix).rstrip('/')}/"
+    written = f"{str(prefix).rstrip('/')}/"
     same = f"files of the same names are in {base}, without {written}"
     new = file.with_name(f"{file.stem}_here{file.suffix}")
-    if "#" in written or not contains(file, written):
+    if "#" in written or not contains(file, f'"{written}'):
         return f"{same}: write the paths without it, and set data.images={shlex.quote(str(base))}"
-    command = f"sed {shlex.quote(f's#{written}##g')} {shlex.quote(str(file))} > {shlex.quote(str(new))}"
+    literal = re.sub(r"([.\[\]*^$\\])", r"\\\1", written)
+    script = shlex.quote(f's#"{literal}#"#g')
+    command = f"sed {script} {shlex.quote(str(file))} > {shlex.quote(str(new))}"
     return f"{same}: run {command} and set data.train={shlex.quote(str(new))} data.images={shlex.quote(str(base))}"
 
 
