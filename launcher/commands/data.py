@@ -16,7 +16,19 @@ from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.redact import show
 from trainer import contract
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
+from trainer.contract import (
+    DATA_FILE,
+    DATA_LEFT_OUT_FILE,
+    DATA_PROBLEMS_FILE,
+    SPEC_FILE,
+    DataReport,
+    DataSummary,
+    Exit,
+    TrainSpec,
+    read,
+    write,
+    write_text,
+)
 
 SHOWN_CAUSES = 20
 PROGRESS = re.compile(r"data: [\d,]+ rows checked, |data: files and rules are unchanged")  # trainer.data.examination, trainer.data.check
@@ -87,11 +99,11 @@ def run_fetch(arguments: argparse.Namespace) -> int:
 def run_check(arguments: argparse.Namespace) -> int:
     plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
     alone = replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1))  # the batch is judged below
-    report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
+    report, problems, left_out = examine(alone, lambda line: show(line, file=sys.stderr))
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:
-        arguments.say(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
+        arguments.say(json.dumps(asdict(report) | {"problems": problems, "left_out_rows": left_out}, indent=2, ensure_ascii=False))
     else:
         described = describe_data(report, plan.spec.data.max_length)
         if report.train_rows or report.evaluation_rows:
@@ -99,6 +111,8 @@ def run_check(arguments: argparse.Namespace) -> int:
             say_learning(plan.config, report, arguments.say)
         else:  # of no rows there is nothing to say but why
             arguments.say(described.splitlines()[0])
+        if left_out:
+            arguments.say(describe_causes(report, left_out))
         arguments.say(describe_problems(problems, arguments.out))
         if not problems and (note := describe_few_rows(report, plan.spec)):
             arguments.say(note)
@@ -127,9 +141,11 @@ def say_learning(config: Config, report: DataReport, say: Callable[[str], None])
     say("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
 
 
-def examine(spec: TrainSpec, say: Callable[[str], None] = lambda line: None) -> tuple[DataReport, list[dict[str, Any]]]:
+def examine(
+    spec: TrainSpec, say: Callable[[str], None] = lambda line: None
+) -> tuple[DataReport, list[dict[str, Any]], list[dict[str, Any]]]:
     """The trainer's own check, in a separate process: it needs packages that the launcher does not import. `say` gets the lines that a long check
-    prints about its progress. Raises LaunchError."""
+    prints about its progress. Returns the report, all problems, and the rows that are not used as they are written. Raises LaunchError."""
     with tempfile.TemporaryDirectory(prefix="omnilaunch-data-") as name, tempfile.TemporaryFile("w+", errors="replace") as errors:
         folder = Path(name)
         write(replace(spec, output=name), folder / SPEC_FILE)
@@ -142,9 +158,13 @@ def examine(spec: TrainSpec, say: Callable[[str], None] = lambda line: None) -> 
             errors.seek(0)
             raise refusal(child.returncode, errors.read().strip())
         report: DataReport = read(DataReport, folder / DATA_FILE)
-        listed = folder / DATA_PROBLEMS_FILE
-        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-    return report, [json.loads(line) for line in lines if line]
+        return report, read_lines(folder / DATA_PROBLEMS_FILE), read_lines(folder / DATA_LEFT_OUT_FILE)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """[] without the file."""
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def with_usable_rows(config: Config, typed: Set[str]) -> Config:
@@ -160,7 +180,7 @@ def with_usable_rows(config: Config, typed: Set[str]) -> Config:
     show("data: run.epochs counts the rows that are used, and the data is checked to know them", file=sys.stderr)
     spec = train_spec(replace(config, run=replace(config.run, steps=1)), local_context(PROJECT), run_id="rows")
     alone = replace(spec, batch=replace(spec.batch, global_batch=1), data=replace(spec.data, rows=0))
-    report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
+    report, problems, _ = examine(alone, lambda line: show(line, file=sys.stderr))
     return config if problems else replace(config, data=replace(config.data, rows=report.train_rows))
 
 
@@ -184,7 +204,6 @@ def describe_data(report: DataReport, max_length: int) -> str:
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
         *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
-        *((("left out", contract.describe_left_out(report.left_out)),) if report.left_out else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
         ("sha256", report.sha256),
@@ -219,10 +238,19 @@ def describe_lengths(summary: DataSummary, limit: int) -> str:
     )
 
 
+def describe_causes(report: DataReport, left_out: Sequence[dict[str, Any]]) -> str:
+    """Which rows are not used, or not as they are written, and why: rows with the same reason together."""
+    rows = [contract.as_problem(contract.decode(contract.LeftOutRow, row)) for row in left_out]
+    shown = "\n".join(f"  {text}" for text in contract.describe_groups(rows, SHOWN_CAUSES))
+    return f"{'left out':10} {contract.describe_left_out(report.left_out)}\n{shown}"
+
+
 def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     if not problems:
         return f"{'problems':10} none"
-    texts = contract.describe_groups([contract.decode(contract.DataProblem, problem) for problem in problems], SHOWN_CAUSES)
+    found = [contract.decode(contract.DataProblem, problem) for problem in problems]
+    texts = contract.describe_groups(found, SHOWN_CAUSES)
     shown = "\n".join(f"  {text}" for text in texts)
     rest = f"\n  all of them: {file or 'with --out FILE, one JSON object a line'}" if len(problems) > 1 else ""
-    return f"{'problems':10} {len(problems):,}\n{shown}{rest}"
+    whose = "of the model: " if contract.blame(found) == "model" else ""
+    return f"{'problems':10} {whose}{len(problems):,}\n{shown}{rest}"

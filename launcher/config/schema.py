@@ -34,8 +34,6 @@ GROUPS = ("vision", "projector", "lm", "head")
 
 
 # ------------------------------------------------------------------------------------------------------------- hardware
-
-
 @dataclass(frozen=True, kw_only=True)
 class Capability:
     """What the chip supports in hardware. Emulated or storage-only support is not `native`; Hardware.notes says why."""
@@ -96,8 +94,6 @@ class Hardware:
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
-
-
 @dataclass(frozen=True, kw_only=True)
 class Vision:
     """A vision tower. `options`: further keys of the family's transformers config."""
@@ -194,8 +190,6 @@ class Model:
 
 
 # ------------------------------------------------------------------------------------------------ stage, strategy, data
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """`needs`: checkpoint = weights to start from; adapter = the result of a LoRA stage; projector = a trained projector, which the trainer
@@ -268,15 +262,11 @@ class Data:
     bad_rows: Literal["refuse", "skip"] = "refuse"  # a row with a problem of its own: the run is refused, or goes on without the row
     too_long: Literal["refuse", "skip", "cut"] = "refuse"  # a row of more than max_length tokens; cut = at its end, if an answer is left
     unmarked: Literal["refuse", "first", "last"] = "refuse"  # several images without marks: put before or after the first question
-    turns: Literal["strict", "trim", "join"] = (
-        "strict"  # trim answers before the first question and questions after the last answer; join also joins two messages of one role
-    )
+    turns: Literal["strict", "trim", "join"] = "strict"  # trim: without answers first and questions last; join: also two of one role
     learn: Literal["all", "last"] = "all"  # answers that are in the loss: all, or the last one of each conversation
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster
-
-
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """`host`: for SSH; `address`: for the other nodes. `port` and `user` default to ~/.ssh/config for the host, and then to 22 and the user of

@@ -6,7 +6,6 @@ the data check refuses a run with others.
 """
 
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -91,10 +90,10 @@ def local_places(data: Data, here: Path, environ: Mapping[str, str], *, held_out
 
 
 def local_sets(config: Config, here: Path, side: str) -> tuple[tuple[RowSet, ...], tuple[DataProblem, ...]]:
-    """The sets of data.train or data.evaluation on this machine; none for a split. `side`: 'train' or 'evaluation'."""
+    """The sets of data.train or data.evaluation on this machine, where `with_data_files` looked for them; none for a split. `side`: 'train' or 'evaluation'."""
     if side == "evaluation" and read_split(config.data.evaluation):
         return (), ()
-    return find_sets(getattr(config.data, side), local_places(config.data, here, os.environ, held_out=side == "evaluation"))
+    return find_sets(getattr(config.data, side), local_places(config.data, here, {}, held_out=side == "evaluation"))
 
 
 def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:

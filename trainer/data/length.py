@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
+from trainer.contract import MODEL, DataProblem, InputRefused, Template, TrainSpec
 from trainer.contract.adapter_files import find_base
 from trainer.data.chat.segment import Segment, cut
 from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
@@ -66,7 +66,7 @@ class LengthTally:
 
     def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]], *, training: bool = True) -> None:
         """`training`: only training samples are cut; of the others the last answer must be whole."""
-        if not samples or not self._begin(samples[0].file):
+        if not samples or not self._begin():
             return
         assert self.counter is not None and self.processor is not None
         for start in range(0, len(samples), CHUNK):
@@ -80,7 +80,7 @@ class LengthTally:
             tokens=self.tokens, image_tokens=self.image_tokens, trained=self.trained, problems=tuple(self.problems), unmeasured=reason
         )
 
-    def _begin(self, file: str) -> bool:
+    def _begin(self) -> bool:
         """Open the processor with the first samples. Whether there is one."""
         if self.counter is None and not self.problems and not self.unmeasured:
             model = self.spec.model
@@ -89,15 +89,14 @@ class LengthTally:
                 image_id(self.processor.tokenizer, model.image_token)
             except InputRefused as error:
                 problem, _, fix = str(error).partition("\n")
-                at = self.spec.stage.checkpoint or source_of(self.spec)
-                self.problems.append(DataProblem(file=at, row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
+                self.problems.append(model_problem(self.spec, problem, fix.strip() or REPLACE))
             except (ImportError, OSError, ValueError) as error:
                 first = str(error).strip().partition("\n")[0]
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"
             else:
                 tokenizer, limit = self.processor.tokenizer, self.spec.data.max_length
                 self.counter = Counter(tokenizer=tokenizer, template=model.template, image_token=model.image_token, max_length=limit)
-                self.problems += find_mark_problems(self.counter, file)
+                self.problems += find_mark_problems(self.counter, self.spec)
         return self.counter is not None
 
     def _measure(
@@ -233,11 +232,17 @@ def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(encoding) for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
+def model_problem(spec: TrainSpec, problem: str, fix: str) -> DataProblem:
+    """A fault of the model's files or template: no row is the cause."""
+    at = spec.stage.checkpoint or source_of(spec)
+    return DataProblem(file=f"{MODEL}{spec.model.name}{f' ({at})' if at else ''}", row=0, field="", problem=problem, fix=fix)
+
+
+def find_mark_problems(counter: Counter, spec: TrainSpec) -> Iterator[DataProblem]:
     """An end mark that is not a single token: the model would learn pieces of it, and a server would not recognize the end of an answer."""
     mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
     if len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
         problem = f"the end mark {mark!r} of the model's template is {len(ids)} tokens of the tokenizer, not a single special token"
         fix = "use the tokenizer that belongs to the model, or set model.template.end_mark to the token that ends its answers"
-        yield DataProblem(file=file, row=0, field="", problem=problem, fix=fix)
+        yield model_problem(spec, problem, fix)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.contract.wording import plural
-from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind
+from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, quote
 from trainer.data.rows.row_images import IMAGE_KEYS
 
 OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
@@ -125,7 +125,7 @@ def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> boo
     if parsed.images or wrong is None or any(row.get(key) for key in IMAGE_KEYS):
         return True
     meant = IMAGE_MEANT[wrong.lower()]
-    add_problem(wrong, f"unknown key {wrong!r}: did you mean {meant!r}?", f"rename the key to {meant}")
+    add_problem(wrong, f"unknown key {quote(wrong)}: did you mean {meant!r}?", f"rename the key to {meant}")
     return False
 
 

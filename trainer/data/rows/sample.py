@@ -16,7 +16,7 @@ from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, 
 from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
-from trainer.data.rows.selection import Selection
+from trainer.data.rows.selection import RowSelection
 from trainer.data.sources.data_set import DataSet, set_of_file
 from trainer.data.sources.source import AnnotationSource
 
@@ -81,7 +81,7 @@ def read_samples(
 
 
 def read_set(
-    found: DataSet, form: ImageForm = LINE_FEED, selection: Selection | None = None
+    found: DataSet, form: ImageForm = LINE_FEED, selection: RowSelection | None = None
 ) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The same of a data set. `selection`: of its conversations, and problems of those only; None for all, as often as their files are used."""
     samples: list[Sample] = []
