@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("file", metavar="FILE", help="the rows: a JSON list or JSON Lines; it is only read")
     fetch.add_argument("--to", required=True, metavar="FOLDER", help="where the images and the new file of rows are written")
     fetch.add_argument(
-        "--key", action="append", default=[], metavar="NAME", help="a key that also has images, besides image, images, image_url ..."
+        "--key", action="append", default=[], metavar="NAME", help="a key that has images, as image, images and image_url have"
     )
     fetch.add_argument("--jobs", type=int, default=8, metavar="N", help="images at a time (8)")
     fetch.add_argument("--max-bytes", type=int, default=64 * 2**20, metavar="N", help="of one image (64 MiB)")

@@ -110,7 +110,11 @@ def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
         add_problem(image.field, problem, "give the path of the image as a string")
         return False
     if name.startswith(("http://", "https://", "data:")):
-        add_problem(image.field, f"{name[:60]!r} is not a file; images are not downloaded", "save the image as a file and give its path")
+        add_problem(
+            image.field,
+            f"{name[:60]!r} is not a file; images are not downloaded",
+            "save the image as a file and give its path; omnilaunch data fetch does that for a file of rows",
+        )
         return False
     return True
 
