@@ -257,13 +257,11 @@ class Data:
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
-    bad_rows: Literal["refuse", "skip"] = "refuse"  # a row with a problem of its own: the run is refused, or goes on without the row
-    too_long: Literal["refuse", "skip", "cut"] = "refuse"  # a row of more than max_length tokens; cut = at its end, if an answer is left
-    unmarked: Literal["refuse", "first", "last"] = "refuse"  # several images without marks: put before or after the first question
-    turns: Literal["strict", "trim", "join"] = (
-        "strict"  # trim answers before the first question and questions after the last answer; join also joins two messages of one role
-    )
-    learn: Literal["all", "last"] = "all"  # answers that are in the loss: all, or the last one of each conversation
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster
