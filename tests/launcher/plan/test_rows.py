@@ -71,6 +71,7 @@ FILES = ("data=files", "data.train=rows.json", "stage.global_batch=8")
         ((*FILES, "run.epochs=0.5"), 60, 4),
         ((*FILES, "run.epochs=1", "data.packing=true"), 60, 8),
         ((*FILES, "run.epochs=1", "data.rows=60"), 60, 8),
+        ((*FILES, "run.epochs=1", "data.rows=50", "data.bad_rows=skip"), 50, 7),  # fewer than the file has: some are left out
         (("run.epochs=2",), 0, 47),  # of the 1,500 digits, in batches of 64
         ((*FILES, "run.epochs=1", "run.steps=null"), 60, None),
     ],
@@ -89,6 +90,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no folder": (("data.train=set/rows.json", "run.epochs=1"), "there is no folder .*/set either"),
     "a folder": (("data.train=.", "run.epochs=1"), "that is a folder: name the JSON file in it"),
     "another number": (("data.train=rows.json", "data.rows=7"), r"data\.rows=7: rows\.json has 60 rows"),
+    "more than the file has": (("data.train=rows.json", "data.rows=70", "data.bad_rows=skip"), r"data\.rows=70: rows\.json has 60 rows"),
     "on the nodes only": (
         ("data.train=/srv/x.json", "cluster=example", "run.epochs=2"),
         r"run\.epochs=2 needs the number of rows of data\.train=/srv/x\.json.*192\.0\.2\.11(.|\n)*add data\.rows=NUMBER",
@@ -117,6 +119,16 @@ def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Pat
     for words in (FILES, (*FILES[:1], "data.train=row.json", "cluster=example"), ("data.train=row.json", "data=files", "cluster=example")):
         problems = plan_here(words, "R")[0].verdict.problems
         assert {problem.key for problem in problems} <= {"cluster.nodes"}, "the nodes have files of their own"
+
+
+def test_epochs_count_the_rows_that_are_used(here: Path) -> None:
+    """The data is checked for it: rows 1 and 2 have an empty answer."""
+    empty = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}
+    (here / "rows.json").write_text(json.dumps([empty] * 2 + [ROW] * 58))
+    words = ("data=files", "data.train=rows.json", "model=tiny_llava", "stage.global_batch=8", "run.epochs=4")
+    config = plan_here((*words, "data.bad_rows=skip"), "r")[0].config
+    assert (config.data.rows, config.run.steps) == (58, 29)
+    assert plan_here(words, "r")[0].config.data.rows == 60, "by default all are counted, and the check refuses the bad ones"
 
 
 def test_rows_on_the_nodes_can_be_given(here: Path) -> None:
