@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.bench.paused_run import read_paused_run
-from launcher.commands.data import with_usable_rows
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
@@ -21,6 +20,7 @@ from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_file
 from launcher.plan.rows import settle_rows, with_data_files
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
+from launcher.plan.usable_rows import with_usable_rows
 from launcher.plan.visible_devices import naming_devices, with_visible_devices
 from launcher.plan.weights_folder import judge_weights, with_found_model
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint

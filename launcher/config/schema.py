@@ -259,11 +259,11 @@ class Data:
     mixing_stop: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"  # where an epoch of mixing=interleave ends
     info: str = ""  # a dataset_info.json, or its folder, that has the names in `train` and `evaluation`
     mirror: str = ""  # a folder with copies of data sets of a hub, OWNER/NAME
-    bad_rows: Literal["refuse", "skip"] = "refuse"  # a row with a problem of its own: the run is refused, or goes on without the row
-    too_long: Literal["refuse", "skip", "cut"] = "refuse"  # a row of more than max_length tokens; cut = at its end, if an answer is left
-    unmarked: Literal["refuse", "first", "last"] = "refuse"  # several images without marks: put before or after the first question
-    turns: Literal["strict", "trim", "join"] = "strict"  # trim: without answers first and questions last; join: also two of one role
-    learn: Literal["all", "last"] = "all"  # answers that are in the loss: all, or the last one of each conversation
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -55,7 +55,7 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     raise ConfigRefused("\n".join((f"the {blame(problems)}{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
 
 
-def tell_left_out(folder: Path, say: Callable[[str], None]) -> bool:
+def say_left_out(folder: Path, say: Callable[[str], None]) -> bool:
     """Say how many rows the run does not use, or not as they are written. Whether the check has written its report."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is not None and report.left_out:

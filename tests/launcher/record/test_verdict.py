@@ -364,6 +364,23 @@ def test_the_compared_values_are_many_and_hold_no_folder(tmp_path: Path) -> None
     assert len(facts) > 300 and not any(str(tmp_path) in str(value) for value in facts.values())
 
 
+def leave_out(rows: int, sha256: str) -> Change:
+    def change(folder: Path) -> None:
+        set_value("data.json", "left_out", {"train left out": rows} if rows else {})(folder)
+        set_value("data.json", "sha256", sha256)(folder)
+        set_value("result.json", "data_sha256", sha256)(folder)
+
+    return change
+
+
+@pytest.mark.parametrize(("left", "right", "said"), [(0, 3, "(none) -> 3"), (3, 5, "3 -> 5"), (3, 3, "")])
+def test_runs_that_left_out_other_rows_have_other_data(tmp_path: Path, left: int, right: int, said: str) -> None:
+    runs = [copy_run(tmp_path, name, leave_out(rows, f"{rows}" * 64)) for name, rows in (("a", left), ("b", right))]
+    (judgement,) = compare(read_run_files(runs[0]), [read_run_files(runs[1])], bands=Bands()).judgements
+    assert (judgement.outcome is Outcome.DIFFERENT) == bool(said)
+    assert [reason for reason in judgement.reasons if "left out" in reason] == ([f"data.left_out.train left out: {said}"] if said else [])
+
+
 # ------------------------------------------------------------------------------------------------------------ resumptions
 
 

@@ -1,20 +1,15 @@
-"""What is wrong with a file that is not JSON, in the usual cases of files that were written by hand or with Python's str(), and a command that
-writes it again as JSON. The command is given only where it works on this file."""
+"""What is wrong with a file that is not JSON, in the usual cases of files that were written by hand or with Python's str(). An advice is given only
+where following it makes this file JSON."""
 
 import ast
 import json
 import re
-import shlex
 from pathlib import Path
 
 USUAL = "JSON requires double quotes and no comma before a closing bracket; to find the error, run: python -m json.tool {file}"
 MOST_BYTES = 2**25  # of a file that is looked at; parsing Python's syntax takes 20 times its size in memory
 FULL_WIDTH = {"【": "[", "】": "]", "［": "[", "］": "]", "｛": "{", "｝": "}", "：": ":", "，": ",", "＂": '"', "“": '"', "”": '"'}
 COMMAS = r",(\s*[\]}])"
-AS_PYTHON = 'import ast, json, sys; json.dump(ast.literal_eval(open(sys.argv[1], encoding="utf-8-sig").read()), open(sys.argv[2], "w"))'
-WITHOUT_COMMA = (
-    r'import re, sys; open(sys.argv[2], "w").write(re.sub(r",(\s*[\]}])", r"\1", open(sys.argv[1], encoding="utf-8-sig").read()))'
-)
 
 
 def advise(file: Path) -> str:
@@ -25,12 +20,11 @@ def advise(file: Path) -> str:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError):
         return USUAL.format(file=file)
-    new = file.with_name(f"{file.stem}_fixed{file.suffix}")
-    names = f"{shlex.quote(str(file))} {shlex.quote(str(new))}"
-    if len(re.findall(COMMAS, text)) == 1 and is_json(re.sub(COMMAS, r"\1", text)):  # of several, some may be in texts
-        return f"a comma stands before a closing bracket; to write the file without it, run: python -c {shlex.quote(WITHOUT_COMMA)} {names}"
+    commas = list(re.finditer(COMMAS, text))
+    if len(commas) == 1 and is_json(re.sub(COMMAS, r"\1", text)):  # of several, some may be in texts
+        return f"remove the comma before the closing bracket in line {text.count(chr(10), 0, commas[0].start()) + 1}"
     if is_python(text):
-        return f"it is a list as Python writes it, with single quotes or a last comma; to write it as JSON, run: python -c {shlex.quote(AS_PYTHON)} {names}"
+        return "it is a list as Python writes it, with single quotes or a last comma: write it with json.dump, not with str or print"
     return find_full_width(text) or USUAL.format(file=file)
 
 

@@ -1,9 +1,7 @@
-"""The usual errors of files that were written by hand, and the commands that correct them, which are run."""
+"""The usual errors of files that were written by hand, and what is said about them, which is followed."""
 
+import ast
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from trainer.data.containers.syntax_advice import advise
 ROWS = [{"query": "Say 'one', ]", "response": "一"}]
 # name -> (text, a part of the advice)
 TEXTS = {
-    "a comma before the bracket": ('[{"query": "a", "response": "b"},\n]', "a comma stands before a closing bracket"),
+    "a comma before the bracket": ('[{"query": "a", "response": "b"},\n]', "remove the comma before the closing bracket in line 1"),
     "single quotes": (str(ROWS), "it is a list as Python writes it"),
     "full-width brackets": ('【{"query": "a", "response": "b"}]', "【 in line 1 is a full-width character: write [ in its place"),
     "a full-width bracket at the end": (
@@ -36,13 +34,17 @@ def test_what_is_wrong(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert advice in advise(file)
 
 
-@pytest.mark.parametrize("name", ["a comma before the bracket", "single quotes"])
-def test_the_command_writes_a_file_that_is_read(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "my rows.json"
-    file.write_text(TEXTS[name][0], encoding="utf-8")
+def test_following_the_advice(tmp_path: Path) -> None:
+    """The line of the comma is the one that it is in; Python's list, written with json.dump, has the same rows."""
+    file = tmp_path / "rows.json"
+    file.write_text('[\n{"query": "a", "response": "b"},\n\n]')
     (problem,) = read_rows(file)[1]
-    argv = shlex.split(problem.fix.partition("run: ")[2])
-    subprocess.run([sys.executable, *argv[1:]], check=True)
-    rows, problems = read_rows(Path(argv[-1]))
-    assert problems == () and rows[0][1] == (ROWS[0] if name == "single quotes" else {"query": "a", "response": "b"})
-    assert json.loads(Path(argv[-1]).read_text())
+    lines = file.read_text().split("\n")
+    place = int(problem.fix.rpartition(" ")[2]) - 1
+    lines[place] = lines[place].rstrip(",")
+    file.write_text("\n".join(lines))
+    assert read_rows(file) == (((1, {"query": "a", "response": "b"}),), ())
+    file.write_text(str(ROWS))
+    assert "json.dump" in read_rows(file)[1][0].fix
+    file.write_text(json.dumps(ast.literal_eval(file.read_text())))
+    assert read_rows(file) == (((1, ROWS[0]),), ())
