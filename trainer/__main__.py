@@ -32,6 +32,7 @@ from trainer.contract import (
     RunFailed,
     SpecError,
     TrainSpec,
+    as_problem,
     describe_groups,
     encode,
     read,
@@ -70,7 +71,7 @@ def data(spec: TrainSpec) -> int:
     """Write data.json, inputs.json, data_left_out.jsonl if rows are left out, and data_problems.jsonl if there are problems, and print the first
     ones. Raises InputRefused if the data has changed since the run's checkpoints, and in a rerun for other inputs than those of its record."""
     from trainer.data.check import check_data, resolve
-    from trainer.data.left_out import as_problem, write_left_out
+    from trainer.data.left_out import write_left_out
     from trainer.data.manifest import list_inputs, refuse_other_inputs
     from trainer.data.row_use import find_uses
 

@@ -22,8 +22,8 @@ from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
+from launcher.plan.data.rows import find_rows, settle_rows
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
-from launcher.plan.rows import find_rows, settle_rows
 from launcher.record.checkpoint.checkpoint_config import find_differences, find_runs
 from launcher.record.checkpoint.checkpoint_record import read_checkpoint
 from launcher.record.checkpoint_reference import KEYS, locate_checkpoint, resolve_base, use_checkpoint, with_full_ids

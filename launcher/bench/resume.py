@@ -36,8 +36,8 @@ from launcher.config.schema import Config
 from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
+from launcher.plan.data.rows import find_rows, with_steps
 from launcher.plan.plan import LocalContext, Plan, make_plan
-from launcher.plan.rows import find_rows, with_steps
 from launcher.plan.text import command_line
 from launcher.record.description import command_from_weights
 from launcher.record.record import ChangedSetting

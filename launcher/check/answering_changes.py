@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.check.change import Change, set_values
-from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Config
+from launcher.config.source import RecordedWeights
 from launcher.memory.answering import answer_load
 from launcher.memory.estimate import estimate_memory
 from launcher.memory.states import GIB, packed_parameters, spreads, streams, weight_bytes

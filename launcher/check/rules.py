@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from launcher.check.adapters import ADAPTER_RULES, write_token_notes
-from launcher.check.data_set import DATA_RULES
 from launcher.check.docker import CONTAINER_RULES
 from launcher.check.evaluation import EVALUATION_RULES
 from launcher.check.hardware import HARDWARE_RULES
@@ -20,7 +19,7 @@ from launcher.check.override import Compose, apply_override
 from launcher.check.precision import PRECISION_RULES, write_cast_notes
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
-from launcher.check.row_count import write_row_notes
+from launcher.check.row_count import DATA_RULES, write_row_notes
 from launcher.check.source import SOURCE_RULES, write_source_notes
 from launcher.check.start import START_RULES, write_start_notes
 from launcher.check.strategy import Resolved, resolve

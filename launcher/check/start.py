@@ -6,8 +6,8 @@ The trainer refuses the same on rank 0, from the files alone. Here it is known b
 from collections.abc import Iterator, Mapping
 
 from launcher.check.problem import Problem, Rule
-from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Config
+from launcher.config.source import RecordedWeights
 from launcher.image.stack import Stack
 
 KEY = "stage.checkpoint"

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.bench.paused_run import read_paused_run
-from launcher.commands.data import with_usable_rows
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.defaults import keys_of, without_keys
-from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Config
+from launcher.config.source import RecordedWeights
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
+from launcher.plan.data.rows import settle_rows, with_data_files
+from launcher.plan.data.usable_rows import with_usable_rows
 from launcher.plan.local_context import context_for, for_this_machine, notes_here
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
-from launcher.plan.rows import settle_rows, with_data_files
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
 from launcher.plan.visible_devices import naming_devices, with_visible_devices

@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     if DATA in arguments.overrides[:1]:
         from launcher.commands import data
 
-        return data.run(argparse.Namespace(**{**vars(arguments), "overrides": arguments.overrides[1:], "out": ""}))
+        return data.run_check(argparse.Namespace(**{**vars(arguments), "overrides": arguments.overrides[1:], "out": ""}))
     from launcher.doctor.findings import describe_findings, findings_json, has_errors
     from launcher.image.stack import load_stacks
     from launcher.run.session import examine_nodes

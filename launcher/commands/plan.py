@@ -130,14 +130,14 @@ def make_plan_here(
     from launcher.check.nodes import find_placeholders
     from launcher.check.row_count import with_whole_batch
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
-    from launcher.commands.data import with_usable_rows
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
+    from launcher.plan.data.rows import find_missing, settle_rows, with_data_files
+    from launcher.plan.data.usable_rows import with_usable_rows
     from launcher.plan.local_context import context_for, find_taken_port, for_this_machine
     from launcher.plan.named_files import find_missing_questions, with_unseen_note
     from launcher.plan.plan import make_plan, with_files, with_problems
-    from launcher.plan.rows import find_missing, settle_rows, with_data_files
     from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint, find_runs, start_from_checkpoint
     from launcher.record.checkpoint_reference import with_full_ids

@@ -168,11 +168,8 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
     if "${" in text:
         raise ConfigRefused(INTERPOLATION)
     refuse_fixed(key, text)
-    is_text = without_null(kind) is str
-    return (
-        key,
-        f"++{key}={read_text(text, listed=takes_list(kind)) if is_text else read_value(key, text)}",
-    )  # ++: a file may omit a key that has a default
+    written = read_text(text, listed=takes_list(kind)) if without_null(kind) is str else read_value(key, text)
+    return key, f"++{key}={written}"  # ++: a file may omit a key that has a default
 
 
 def _refuse_foreign(word: str, value: str, overrides: Sequence[str], known: Known) -> None:

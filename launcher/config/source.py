@@ -1,11 +1,12 @@
-"""The section `model.source`, and its short forms: `model.source=modelscope` for its kind, `model.source=/FOLDER` for a folder, and a path that sets
-the kind."""
+"""Where weights come from: the section `stage.recorded`, which a record fills in; the section `model.source`, and its short forms,
+`model.source=modelscope` for its kind, `model.source=/FOLDER` for a folder, and a path that sets the kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from launcher.errors import ConfigRefused
+from trainer.contract import Lora
 
 SourceKind = Literal["random", "hub", "modelscope", "path"]
 KEY, KIND, PATH = "model.source", "model.source.kind", "model.source.path"
@@ -26,6 +27,28 @@ class ModelSource:
     path: str = ""
     endpoint: str = ""
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedWeights:
+    """What the record of stage.checkpoint says about its weights. Set by the plan, never typed. `run_id`: the run that wrote them, by its stage
+    `stage`; `source`: the checkpoint that it made them from, '' = none. `adapter`: its settings, null = full weights. `dtype`: of the weights,
+    '' = not known. `quantized`: all linear layers but those of the groups in `kept`. `trained`: groups trained so far, () = not known.
+    `differences`: of the chosen model from the recorded one. `taken`: what the config has from the record, in words.
+    `notes`: what the files say that was not taken. Weights of no run of ours have no run_id."""
+
+    run_id: str
+    stage: str
+    model: str
+    source: str = ""
+    adapter: Lora | None = None
+    dtype: str = ""
+    quantized: Literal["", "int8", "nf4"] = ""
+    kept: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def expand_source(override: str) -> str:

@@ -58,30 +58,14 @@ class FetchedImage:
     kind: str
 
 
-class PinnedConnection(http.client.HTTPConnection):
-    """To an address that was chosen; a certificate must be valid for the name."""
-
-    def __init__(self, host: str, port: int, address: str, limits: Limits, *, secure: bool) -> None:
-        super().__init__(host, port, timeout=limits.timeout_s)
-        self.address, self.limits, self.secure = address, limits, secure
-
-    def connect(self) -> None:
-        plain = socket.create_connection((self.address, self.port), self.timeout)
-        self.sock = self.limits.tls.wrap_socket(plain, server_hostname=self.host) if self.secure else plain
-
-
 def fetch_image(url: str, target: Path, limits: Limits, take: Callable[[int], None] = lambda _: None) -> FetchedImage:
     """Write the image to `target`. `take` is called with each number of bytes before they are written, and may raise. Raises NotFetched, and OSError
     for the file."""
     until = time.monotonic() + limits.whole_s
     for _ in range(MOST_REDIRECTS + 1):
-        connection, path = open_connection(url, limits)
+        connection, headers, path = choose_connection(url, limits)
         try:
-            try:
-                connection.request("GET", path, headers={"User-Agent": "omnilaunch", "Accept": "image/*", "Accept-Encoding": "identity"})
-                answer = connection.getresponse()
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise NotFetched(describe(error, connection.host), passing=not isinstance(error, ssl.SSLCertVerificationError)) from error
+            answer = ask(connection, url, path, headers, limits)
             if answer.status not in REDIRECTS:
                 check_answer(answer, limits)
                 return receive(answer, target, limits, until, take)
@@ -93,8 +77,8 @@ def fetch_image(url: str, target: Path, limits: Limits, take: Callable[[int], No
     raise NotFetched(f"redirects more than {MOST_REDIRECTS} times")
 
 
-def open_connection(url: str, limits: Limits) -> tuple[PinnedConnection, str]:
-    """(connection, path and query). Raises NotFetched."""
+def choose_connection(url: str, limits: Limits) -> tuple[http.client.HTTPConnection, dict[str, str], str]:
+    """(connection to an address that was chosen, headers, path and query). Raises NotFetched."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -104,17 +88,32 @@ def open_connection(url: str, limits: Limits) -> tuple[PinnedConnection, str]:
         raise NotFetched(f"the scheme {parts.scheme or 'of it'!r} is not fetched: http and https are")
     if not parts.hostname or parts.username is not None:
         raise NotFetched("names a user: URLs with credentials are not fetched" if parts.hostname else "has no host")
-    port = port or PORTS[parts.scheme]
     try:
         host = parts.hostname.encode("idna").decode()
-        addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, port or PORTS[parts.scheme], type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
         raise NotFetched(f"{parts.hostname} has no address ({getattr(error, 'strerror', None) or error})", passing=True) from error
-    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{quote(parts.query, safe=SAFE_QUERY)}" if parts.query else "")
     address = choose_address(parts.hostname, addresses, limits)
-    return PinnedConnection(host, port, address, limits, secure=parts.scheme == "https"), path
+    path = quote(parts.path or "/", safe=SAFE_PATH) + (f"?{quote(parts.query, safe=SAFE_QUERY)}" if parts.query else "")
+    named = f"[{host}]" if ":" in host else host
+    headers = {"Host": f"{named}:{port}" if port else named, "User-Agent": "omnilaunch", "Accept": "image/*", "Accept-Encoding": "identity"}
+    return http.client.HTTPConnection(address, port or PORTS[parts.scheme], timeout=limits.timeout_s), headers, path
 
 
+def ask(connection: http.client.HTTPConnection, url: str, path: str, headers: dict[str, str], limits: Limits) -> http.client.HTTPResponse:
+    """The answer; a certificate must be valid for the name in the URL. Raises NotFetched."""
+    host = str(urlsplit(url).hostname)
+    try:
+        connection.connect()
+        if urlsplit(url).scheme == "https":
+            connection.sock = limits.tls.wrap_socket(connection.sock, server_hostname=host)
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NotFetched(describe(error, host), passing=not isinstance(error, ssl.SSLCertVerificationError)) from error
+
+
+SAFE_PATH = "/%:@!$&'()*+,;=~-._"
 SAFE_QUERY = "/%:@!$&'()*+,;=~-._?"
 
 

@@ -11,7 +11,7 @@ from launcher.config.schema import Cluster, Config, Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Image
 from launcher.memory.states import model_states
-from launcher.plan.data_files import folders_of
+from launcher.plan.data.rows import folders_of
 from launcher.plan.devices import DEVICE_OPTIONS, DeviceOptions, share_of
 from launcher.plan.docker_run import ContainerOptions, Mount, docker_run
 from launcher.plan.stop_limit import stop_limit_s

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.check.problem import Problem
+from launcher.plan.data.rows import suggest_file
 from launcher.plan.plan import Plan
-from launcher.plan.rows import suggest_file
 from trainer.contract.row_sets.row_files import is_glob
 from trainer.contract.row_sets.row_set import as_entries, read_samples_mark
 

@@ -31,7 +31,7 @@ from launcher.memory.states import States, device_count, model_states, ranks_per
 from launcher.memory.tokens import bound_of_questions, resolve_context
 from launcher.plan.accepted import take_licence
 from launcher.plan.commands import NodeCommand, node_commands
-from launcher.plan.data_files import spec_files
+from launcher.plan.data.rows import spec_files
 from launcher.plan.host_memory import judge
 from launcher.plan.machine import Machine, machine_rules
 from launcher.plan.stop_limit import stop_limit_s

@@ -8,9 +8,9 @@ from launcher.config.schema import AXES
 from launcher.memory.estimate import SURE_SHARE, Memory, estimate_memory
 from launcher.memory.states import GIB, device_count
 from launcher.memory.tokens import read_load
+from launcher.plan.data.rows import rows_of
 from launcher.plan.host_memory import asks_for_host, describe_host
 from launcher.plan.plan import Plan
-from launcher.plan.rows import rows_of
 from launcher.plan.text import command_line, measure, paint, size, wrap
 from trainer.contract import TrainSpec
 from trainer.contract.wording import plural

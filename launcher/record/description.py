@@ -11,8 +11,8 @@ from launcher.config.defaults import keys_of, without_keys
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
+from launcher.plan.data.rows import settle_rows
 from launcher.plan.plan import RUNS_FOLDER, Plan
-from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, duration, figure, relative, table
 from launcher.record.metrics import describe_speed, newest_rows, read_curve
 from launcher.record.reader import read_if_there

@@ -24,6 +24,7 @@ from trainer.contract import (
     DataReport,
     Inputs,
     SpecError,
+    blame,
     decode,
     describe_groups,
     describe_left_out,
@@ -51,10 +52,10 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     lines += describe_uses(report, folder)
     lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
-    raise ConfigRefused("\n".join((f"the data{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
+    raise ConfigRefused("\n".join((f"the {blame(problems)}{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
 
 
-def tell_left_out(folder: Path, say: Callable[[str], None]) -> bool:
+def say_left_out(folder: Path, say: Callable[[str], None]) -> bool:
     """Say how many rows the run does not use, or not as they are written. Whether the check has written its report."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is not None and report.left_out:

@@ -15,6 +15,7 @@ from trainer.data.kept_check import find_check, keep_check, key_of_check
 from trainer.data.left_out import count_left_out, hash_left_out
 from trainer.data.media.image import hash_file
 from trainer.data.media.store import MediaStore
+from trainer.data.missing_root import name_roots
 from trainer.data.rows.row_rules import DEFAULT, RowRules, rules_of
 from trainer.data.sources.data_set import DataSet, Side, find_data
 from trainer.data.summary import summarise
@@ -117,7 +118,8 @@ def examine_sets(spec: TrainSpec, sets: Mapping[Side, DataSet], say: Callable[[s
         learning=examined.facts.facts(),
         left_out=count_left_out(listed),
     )
-    return DataCheck(report=report, problems=in_order(examined.problems), hashes=hashes, left_out=listed)
+    problems = name_roots(in_order(examined.problems), examined.folders, examined.images)
+    return DataCheck(report=report, problems=problems, hashes=hashes, left_out=listed)
 
 
 def prepare(data: DataSpec) -> None:

@@ -16,7 +16,7 @@ from trainer.data.length import LengthTally
 from trainer.data.media.image import Examined
 from trainer.data.rows.row_choice import choose_rows
 from trainer.data.rows.sample import Conversation, Sample, stream_source
-from trainer.data.rows.selection import Numbers, Selection
+from trainer.data.rows.selection import Numbers, RowSelection
 from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems, find_wrong_boxes
 from trainer.data.sources.data_set import DataSet, Side
 from trainer.data.sources.source import AnnotationSource
@@ -52,6 +52,7 @@ class DataExamination:
         self.left_out = LeftOutTally(skips=spec.data.bad_rows == "skip")
         self.tallies: dict[Side, list[SourceTally]] = {}
         self.seen: dict[Path, set[tuple[int, int]]] = {}  # samples of files that are read more than once
+        self.folders: dict[str, Path] = {}  # annotation file -> the folder that its image paths start at
         self.held_out_rows: int | None = None  # of files that are also trained on, all of them
 
     def read(self, sets: Mapping[Side, DataSet]) -> None:
@@ -61,6 +62,7 @@ class DataExamination:
         chosen = {side: choose_rows(found) for side, found in sets.items()}
         read = [source.file for side, found in sets.items() if side == "train" or not same for source in found.sources]
         self.seen = {file: set() for file, count in Counter(read).items() if count > 1}
+        self.folders = {str(source.file): source.images for found in sets.values() for source in found.sources}
         progress = ReadingProgress(self.say, read)
         for side, found in sets.items():
             if side == "train" or not same:
@@ -109,7 +111,7 @@ class DataExamination:
         fresh = samples if seen is None else [sample for sample in samples if (sample.row, sample.part) not in seen]
         if seen is not None:
             seen.update((sample.row, sample.part) for sample in samples)
-        template = self.lengths.find_template(str(file)) if fresh else None
+        template = self.lengths.find_template() if fresh else None
         wrong = list(find_problems(fresh, self.images, template, self.spec.model.image_token))
         wrong += find_wrong_boxes(fresh, self.images, self.spec.data.boxes)
         moved = list(find_moved_boxes(samples, self.spec.data.augmentation)) if use == "train" else []
@@ -187,7 +189,7 @@ def times_of(used: Sequence[tuple[Conversation, int]]) -> Times:
     return lambda sample: times[sample.row, sample.part]
 
 
-def divide(selection: Selection | None, sources: Sequence[AnnotationSource]) -> Iterator[Numbers | None]:
+def divide(selection: RowSelection | None, sources: Sequence[AnnotationSource]) -> Iterator[Numbers | None]:
     """How often each conversation of each source is used; None for each without a selection."""
     if selection is None:
         yield from (None for _ in sources)

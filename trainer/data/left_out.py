@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.contract import DATA_LEFT_OUT_FILE, SPEC_FILE, DataProblem, InputRefused, LeftOutRow, SpecError, decode, write_text
+from trainer.contract import DATA_LEFT_OUT_FILE, SPEC_FILE, DataProblem, InputRefused, LeftOutRow, SpecError, as_problem, decode, write_text
 from trainer.data.rows.indexed_samples import IndexedSamples
+from trainer.data.rows.message.turn_order import LISTED
 from trainer.data.rows.sample import Sample, Samples
-from trainer.data.rows.turn_order import LISTED
 
 Use = Literal["train", "evaluation"]
 Rows = Mapping[str, frozenset[int]]  # file -> its rows
@@ -138,12 +138,6 @@ def hash_left_out(listed: Sequence[LeftOutRow]) -> str:
     files = {file: number for number, file in enumerate(dict.fromkeys(each.file for each in listed))}
     lines = (json.dumps((each.use, files[each.file], each.row, each.done)) for each in listed)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def as_problem(row: LeftOutRow) -> DataProblem:
-    """For a text: rows with the same reason are grouped as problems are. What was done takes the place of the fix."""
-    use = "" if row.use == "train" else "held-out: "
-    return DataProblem(file=row.file, row=row.row, field=row.key, problem=row.reason, fix=f"{use}{row.done}")
 
 
 # -------------------------------------------------------------------------------------------------------------------- file

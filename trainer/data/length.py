@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
+from trainer.contract import MODEL, DataProblem, InputRefused, Template, TrainSpec
 from trainer.contract.adapter_files import find_base
 from trainer.data.chat.conversation import ChatTemplate, cut, writes_bos
 from trainer.data.chat.prefix import cut_or_problem
@@ -74,15 +74,15 @@ class LengthTally:
 
     def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]], *, training: bool = True) -> None:
         """`training`: only training samples are cut; of the others the last answer must be whole."""
-        if not samples or not self._begin(samples[0].file):
+        if not samples or not self._begin():
             return
         assert self.counter is not None and self.processor is not None
         for start in range(0, len(samples), CHUNK):
             self._measure(self.counter, self.processor, samples[start : start + CHUNK], sizes, training=training)
 
-    def find_template(self, file: str) -> ChatTemplate | None:
+    def find_template(self) -> ChatTemplate | None:
         """What the conversations will be written with. None if only a machine that has the model's files can say it."""
-        begun = self._begin(file)
+        begun = self._begin()
         return (
             self.counter.template
             if begun and self.counter
@@ -104,7 +104,7 @@ class LengthTally:
             warnings=dict(self.warnings),
         )
 
-    def _begin(self, file: str) -> bool:
+    def _begin(self) -> bool:
         """Open the processor with the first samples. Whether there is one."""
         if self.counter is None and not self.problems and not self.unmeasured:
             model = self.spec.model
@@ -113,8 +113,7 @@ class LengthTally:
                 image_id(self.processor.tokenizer, model.image_token)
             except InputRefused as error:
                 problem, _, fix = str(error).partition("\n")
-                at = self.spec.stage.checkpoint or source_of(self.spec)
-                self.problems.append(DataProblem(file=at, row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
+                self.problems.append(model_problem(self.spec, problem, fix.strip() or REPLACE))
             except (ImportError, OSError, ValueError) as error:
                 first = str(error).strip().partition("\n")[0]
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"
@@ -123,7 +122,7 @@ class LengthTally:
                 template = self.processor.template or model.template
                 self.counter = Counter(tokenizer=tokenizer, template=template, image_token=model.image_token, max_length=limit)
                 self.special = tokens_of_tokenizer(tokenizer, model.template, model.image_token)
-                self.problems += find_mark_problems(self.counter, file)
+                self.problems += find_mark_problems(self.counter, self.spec)
         return self.counter is not None
 
     def _measure(
@@ -276,7 +275,13 @@ def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(encoding) for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
+def model_problem(spec: TrainSpec, problem: str, fix: str) -> DataProblem:
+    """A fault of the model's files or template: no row is the cause."""
+    at = spec.stage.checkpoint or source_of(spec)
+    return DataProblem(file=f"{MODEL}{spec.model.name}{f' ({at})' if at else ''}", row=0, field="", problem=problem, fix=fix)
+
+
+def find_mark_problems(counter: Counter, spec: TrainSpec) -> Iterator[DataProblem]:
     """An end mark that is not a single token: the model would learn pieces of it, and a server would not recognize the end of an answer."""
     mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
@@ -285,5 +290,4 @@ def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
         whose = "the model's template" if own else "the checkpoint's chat template"
         problem = f"the end mark {mark!r} of {whose} is {len(ids)} tokens of the tokenizer, not a single special token"
         other = "model.template.end_mark to the token that ends its answers" if own else "model.chat_template=conf"
-        fix = f"use the tokenizer that belongs to the model, or set {other}"
-        yield DataProblem(file=file, row=0, field="", problem=problem, fix=fix)
+        yield model_problem(spec, problem, f"use the tokenizer that belongs to the model, or set {other}")

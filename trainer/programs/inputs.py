@@ -77,6 +77,25 @@ def load_training_samples(spec: TrainSpec, paths: DataPaths, left_out: Rows = NO
     return samples, hash_sources(found, indexed.hash_of)
 
 
+def begin_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, str]:
+    """As `load_training_samples`. With options that leave rows out no samples yet: the data check decides which, while the model is loaded."""
+    return ((), hash_training_files(paths)) if spec.data.leaves_rows_out else load_training_samples(spec, paths)
+
+
+def finish_samples(spec: TrainSpec, paths: DataPaths, rank: Rank, samples: Samples) -> Samples:
+    """Those of `begin_samples`, or those that the data check has not left out. Every rank must call it. Raises InputRefused."""
+    if not spec.data.leaves_rows_out:
+        return samples
+    return load_training_samples(spec, paths, find_left_out(spec, rank, "train"))[0]
+
+
+def load_held_out(spec: TrainSpec, paths: DataPaths, rank: Rank, form: ImageForm) -> tuple[Sample, ...]:
+    """() for a run without evaluation. Every rank must call it. Raises InputRefused."""
+    if not spec.evaluation.enabled:
+        return ()
+    return load_samples(paths.rows_of("evaluation"), form, find_left_out(spec, rank, "evaluation"))
+
+
 def hash_training_files(paths: DataPaths) -> str:
     """The hash that `load_training_samples` returns, without reading rows. Raises InputRefused."""
     found = paths.rows_of("train")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Architecture, Data, Model, Stage
+from launcher.config.source import RecordedWeights
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record.checkpoint.checkpoint_data import DERIVED, MOST_SOURCES, data_of_state, read_data
 from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint, exists, run_of

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Config
+from launcher.config.source import RecordedWeights
 from launcher.errors import ConfigRefused
 from launcher.memory.states import linear_shapes
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord

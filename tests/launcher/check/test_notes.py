@@ -9,7 +9,7 @@ from launcher.check.precision import write_cast_notes
 from launcher.check.rules import SUBJECTS, write_notes
 from launcher.check.strategy import explain_strategy, resolve
 from launcher.config.compose import compose
-from launcher.config.recorded_weights import RecordedWeights
+from launcher.config.source import RecordedWeights
 from launcher.memory.estimate import estimate_memory
 
 CONF = Path(__file__).resolve().parents[3] / "conf"

@@ -8,8 +8,9 @@ import pytest
 
 from launcher.cli import main
 from launcher.commands import data as data_action
-from launcher.commands.data import describe_data, describe_few_rows, describe_problems, name_stage, refusal
+from launcher.commands.data import describe_causes, describe_data, describe_few_rows, describe_problems, name_stage
 from launcher.errors import ConfigRefused, LaunchError
+from launcher.plan.data.usable_rows import refusal
 from launcher.plan.plan import Plan
 from trainer.contract import SCHEMA, CommonAnswer, DataProblem, DataReport, DataSummary, Exit, LearningFacts, decode
 
@@ -54,14 +55,14 @@ def test_a_refused_config_is_refused_before_anything_is_read(chosen: tuple[str, 
 def test_data_without_problems_end_well(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data_action, "examine", lambda spec, say: (REPORT, []))
+    monkeypatch.setattr(data_action, "examine", lambda spec, say: (REPORT, [], []))
     assert main(chosen) == Exit.OK
     assert "problems   none\n" in capsys.readouterr().out
 
 
 def test_other_nodes_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan: Plan = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "cluster=example")
-    monkeypatch.setattr(data_action, "examine", lambda spec, say: (REPORT, []))
+    monkeypatch.setattr(data_action, "examine", lambda spec, say: (REPORT, [], []))
     monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id, **_: plan)
     assert main(("data", "check")) == Exit.OK
     hosts = ", ".join(node.host for node in plan.config.cluster.working)
@@ -141,7 +142,7 @@ def test_doctor_data_is_the_check_and_says_what_stands_out(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = LearningFacts(answers=100, distinct=2, common=(CommonAnswer(text="yes", count=92),), characters_p50=3)
-    monkeypatch.setattr(data_action, "examine", lambda spec, say: (replace(REPORT, learning=facts), []))
+    monkeypatch.setattr(data_action, "examine", lambda spec, say: (replace(REPORT, learning=facts), [], []))
     assert main(("doctor", *chosen[:1], *chosen[2:])) == Exit.OK
     said = capsys.readouterr().out
     assert "answers    100, 2 different; 92 % 'yes'" in said
@@ -171,8 +172,25 @@ def test_nothing_is_said_of_no_rows(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """A file that is not there had lines of zeros, a hash, and nothing that stands out, before the one real line."""
     problem = asdict(DataProblem(file="no.json", row=0, field="", problem="is not there", fix="copy it"))
     empty = DataReport(schema=SCHEMA, sha256="ab", train_rows=0, evaluation_rows=0, images=0, problem_count=1, summary=DataSummary())
-    monkeypatch.setattr(data_action, "examine", lambda *_: (empty, [problem]))
+    monkeypatch.setattr(data_action, "examine", lambda *_: (empty, [problem], []))
     assert main(("data", "check", "stage=full")) == Exit.USAGE
     said = capsys.readouterr().out
     assert said.startswith("rows       0 to train on, 0 held out; 0 with images\nproblems   1\n  no.json: is not there")
     assert "stands out" not in said and "sha256" not in said
+
+
+def test_rows_that_are_left_out_are_said_with_their_causes() -> None:
+    rows = [
+        {"use": "train", "file": "a.json", "row": row, "key": "image", "reason": f"no image file at {row}.png", "done": "left out"}
+        for row in (2, 7)
+    ]
+    rows.append({"use": "evaluation", "file": "b.json", "row": 1, "key": "", "reason": "empty answer", "done": "left out"})
+    text = describe_causes(replace(REPORT, left_out={"evaluation left out": 1, "train left out": 2}), rows)
+    assert text.splitlines() == [
+        "left out   1 held-out row left out, 2 training rows left out",
+        "  a.json, 2 rows (2, 7), key 'image': no image file at 2.png",
+        "    also: no image file at 7.png",
+        "    left out",
+        "  b.json row 1: empty answer",
+        "    held-out: left out",
+    ]

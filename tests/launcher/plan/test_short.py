@@ -12,10 +12,10 @@ from launcher.check.rules import RULES, Verdict
 from launcher.check.strategy import resolve
 from launcher.config.compose import compose
 from launcher.image.stack import load_stacks
+from launcher.plan.data.rows import BUILTIN_ROWS
 from launcher.plan.full import describe_full
 from launcher.plan.host_memory import judge
 from launcher.plan.plan import Plan, plan_json
-from launcher.plan.rows import BUILTIN_ROWS
 from launcher.plan.short import describe_short, order_notes
 from launcher.plan.text import measure
 from trainer.contract import decode

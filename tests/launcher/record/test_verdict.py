@@ -364,32 +364,18 @@ def test_the_compared_values_are_many_and_hold_no_folder(tmp_path: Path) -> None
     assert len(facts) > 300 and not any(str(tmp_path) in str(value) for value in facts.values())
 
 
-# ------------------------------------------------------------------------------------------------------------ resumptions
-
-
-def resume_with(accepted: Sequence[str], changes: Sequence[dict[str, str]]) -> Change:
+def leave_out(rows: int, sha256: str) -> Change:
     def change(folder: Path) -> None:
-        (folder / "attempts/2").mkdir(parents=True)
-        resumption = {"attempt": 2, "started_at": "2026-11-21T00:00:00+00:00", "step": 2, "overrides": [], "accepted": accepted}
-        (folder / "attempts/2/resumption.json").write_text(json.dumps({**resumption, "changes": changes}))
+        set_value("data.json", "left_out", {"train left out": rows} if rows else {})(folder)
+        set_value("data.json", "sha256", sha256)(folder)
+        set_value("result.json", "data_sha256", sha256)(folder)
 
     return change
 
 
-def test_a_run_that_was_only_interrupted_is_the_same(tmp_path: Path) -> None:
-    saved = {"key": "run.save_every", "old": "0", "new": "5", "kind": ""}
-    assert held(tmp_path, resume_with([], [saved])).outcome is Outcome.SAME
-
-
-@pytest.mark.parametrize(
-    ("accepted", "changes", "key"),
-    [
-        (["steps"], [{"key": "run.steps", "old": "2", "new": "3", "kind": "steps"}], "result.resumed.steps.run.steps"),
-        (["data"], [], "result.resumed.data"),
-        (["nodes"], [{"key": "cluster.nodes", "old": "a", "new": "b", "kind": "nodes"}], "result.resumed.nodes.cluster.nodes"),
-    ],
-)
-def test_what_a_run_continued_with_is_a_difference(tmp_path: Path, accepted: list[str], changes: list[dict[str, str]], key: str) -> None:
-    comparison = held(tmp_path, resume_with(accepted, changes))
-    assert comparison.outcome is Outcome.DIFFERENT
-    assert [found.key for found in comparison.judgements[0].differences if found.matters] == [key]
+@pytest.mark.parametrize(("left", "right", "said"), [(0, 3, "(none) -> 3"), (3, 5, "3 -> 5"), (3, 3, "")])
+def test_runs_that_left_out_other_rows_have_other_data(tmp_path: Path, left: int, right: int, said: str) -> None:
+    runs = [copy_run(tmp_path, name, leave_out(rows, f"{rows}" * 64)) for name, rows in (("a", left), ("b", right))]
+    (judgement,) = compare(read_run_files(runs[0]), [read_run_files(runs[1])], bands=Bands()).judgements
+    assert (judgement.outcome is Outcome.DIFFERENT) == bool(said)
+    assert [reason for reason in judgement.reasons if "left out" in reason] == ([f"data.left_out.train left out: {said}"] if said else [])

@@ -17,6 +17,7 @@ from trainer.data.containers.arrow_rows import stream_arrow
 from trainer.data.containers.csv_rows import stream_csv
 from trainer.data.containers.found import ONE_ROW_EACH, Found, Position, file_problem, row_problem
 from trainer.data.containers.json_text import RowDecoder, describe, scan_list, scan_objects
+from trainer.data.containers.syntax_advice import advise
 from trainer.data.containers.tar_rows import stream_tar
 from trainer.data.media.store import MediaStore
 
@@ -146,7 +147,7 @@ def stream_list(file: Path, text: str, opened: TextIO) -> Iterator[Found]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise
-        yield file_problem(file, describe_list(file, error), SYNTAX_HELP.format(file=file))
+        yield file_problem(file, describe_list(file, error), advise(file))
         return
     if not count:
         yield file_problem(file, "is an empty list", ONE_ROW_EACH)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import ImageForm
+from trainer.data.rows.message.reasoning import STRIPPED
+from trainer.data.rows.message.turn_order import LEARNED_LAST, MARKED_FIRST, MARKED_LAST, learn_last, order_turns
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
-from trainer.data.rows.reasoning import STRIPPED
 from trainer.data.rows.row_images import insert_marks, join_parts
 from trainer.data.rows.row_rules import DEFAULT, RowRules
-from trainer.data.rows.turn_order import LEARNED_LAST, MARKED_FIRST, MARKED_LAST, learn_last, order_turns
 
 # What chat templates end an answer with. The template of the model adds its own, so that one in the data would be trained twice.
 # tests/conf/test_conf.py: those of all models of conf/model.

@@ -17,7 +17,7 @@ from trainer.data.media.store import MediaStore
 from trainer.data.rows.row_choice import choose_rows
 from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.sample import Sample, read_row, split_row
-from trainer.data.rows.selection import Selection, place_of
+from trainer.data.rows.selection import RowSelection, place_of
 from trainer.data.sources.data_set import EMPTY, DataSet, set_of_file
 from trainer.data.sources.source import AnnotationSource
 
@@ -61,7 +61,7 @@ class IndexedSamples:
     """The samples of a data set, as `read_set` returns them where no row has a problem. A row with one raises InputRefused when it is used.
     `selection`: of the conversations of all sources; None for all, as often as their files are used."""
 
-    def __init__(self, sources: Sequence[IndexedSource], selection: Selection | None = None) -> None:
+    def __init__(self, sources: Sequence[IndexedSource], selection: RowSelection | None = None) -> None:
         self.sources, self.selection = tuple(sources), selection
         self.ends = tuple(accumulate(map(len, self.sources)))
         self.row_ends = tuple(accumulate(len(each.index) for each in self.sources))

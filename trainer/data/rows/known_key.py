@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.rows.loss_flag import FLAGS
+from trainer.data.rows.message.loss_flag import FLAGS
+from trainer.data.rows.message.reasoning import BLOCK_KEYS, KEYS as REASONING_KEYS
+from trainer.data.rows.message.role import find_role
+from trainer.data.rows.message.tool import TOOL_KEYS
+from trainer.data.rows.message.turn import PATH_KEYS
 from trainer.data.rows.parsed_row import SUFFIXES, AddProblem, ParsedRow, Row, printable, shorten
-from trainer.data.rows.reasoning import BLOCK_KEYS, KEYS as REASONING_KEYS
-from trainer.data.rows.role import find_role
-from trainer.data.rows.tool import TOOL_KEYS
-from trainer.data.rows.turn import PATH_KEYS
 
 LOOKED_AT = 8  # paths of a list
 SHOWN = 60  # characters of a key

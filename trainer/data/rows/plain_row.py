@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import replace
 
 from trainer.data.rows.adjustment import shorten_texts
+from trainer.data.rows.message.turn import pair, read_system, read_turns
 from trainer.data.rows.parsed_row import SUFFIXES, AddProblem, ImageReference, ParsedRow, Row
 from trainer.data.rows.row_images import IMAGE_KEYS, choose_images, read_images
-from trainer.data.rows.turn import pair, read_system, read_turns
 
 QUESTION = "Describe the image."  # LLaVA's pre-training asks this and ten other ways of saying it
 ASKED, MOST_FREQUENT = "caption, with data.question as its question", "most frequent of several answers, taken as the answer"

@@ -12,12 +12,12 @@ from trainer.data.media.store import MediaStore
 from trainer.data.rows.image_path import find_image, path_text
 from trainer.data.rows.inline_image import keep_images
 from trainer.data.rows.known_key import refuse_keys
+from trainer.data.rows.message.tool import TOOL_KEYS
+from trainer.data.rows.message.turn import WRITE_TEXT, read_system, read_turns
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
 from trainer.data.rows.row_check import check_name, check_text
 from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
 from trainer.data.rows.sample import Message, as_message, collect_problems
-from trainer.data.rows.tool import TOOL_KEYS
-from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
 SHOWN = 20  # causes in a message
 EXAMPLE = '{"prompt": "...", "image": "a.png"} or {"messages": [{"role": "user", "content": "<image>..."}], "images": ["a.png"]}'

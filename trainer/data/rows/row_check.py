@@ -6,7 +6,7 @@ from pathlib import Path
 from trainer.contract.wording import plural
 from trainer.data.rows.image_path import path_text, suggest
 from trainer.data.rows.known_key import IMAGE_MEANT, is_image_key
-from trainer.data.rows.parsed_row import MARK, REPORTED, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, shorten
+from trainer.data.rows.parsed_row import MARK, REPORTED, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, quote, shorten
 
 FETCH = "save it with omnilaunch data fetch, then give the path of the file that it writes"
 SHOWN = 300  # characters of a path
@@ -142,7 +142,7 @@ def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> boo
     if parsed.images or wrong is None:
         return True
     meant = IMAGE_MEANT[wrong.lower()]
-    add_problem(wrong, f"unknown key {wrong!r}: did you mean {meant!r}?", f"rename the key to {meant}")
+    add_problem(wrong, f"unknown key {quote(wrong)}: did you mean {meant!r}?", f"rename the key to {meant}")
     return False
 
 

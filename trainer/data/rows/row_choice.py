@@ -18,7 +18,7 @@ from trainer.contract.row_sets.selection import CannotSelect, SetSize
 from trainer.data.containers.row_index import identity
 from trainer.data.kept_folder import kept_folder, locked
 from trainer.data.rows.sample import stream_source
-from trainer.data.rows.selection import Numbers, Selection, select
+from trainer.data.rows.selection import Numbers, RowSelection, select
 from trainer.data.sources.data_set import DataSet, SourceSet
 
 FOLDER = "splits"  # of trainer.data.kept_folder
@@ -26,7 +26,7 @@ KEPT = 10  # files of groups; the oldest ones are removed
 EDGE_BYTES = 2**15  # at both ends of an image, which tell it from others of the same size
 
 
-def choose_rows(found: DataSet, counts: Sequence[int] | None = None) -> Selection | None:
+def choose_rows(found: DataSet, counts: Sequence[int] | None = None) -> RowSelection | None:
     """None where all rows are used as often as their files say, and where files are missing. `counts`: conversations of each source, where they are
     known. Raises InputRefused for options that do not fit the rows."""
     data = found.data

@@ -6,12 +6,12 @@ from difflib import get_close_matches
 from functools import partial
 
 from trainer.data.rows.known_key import KNOWN_IN_ROW
+from trainer.data.rows.message.tool import TOOL_KEYS, read_tools
+from trainer.data.rows.message.turn import read_system, read_turns
 from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
 from trainer.data.rows.plain_row import ask, has_image, read_caption, read_instruction, read_pair, read_pairs, read_prompt, read_question
 from trainer.data.rows.row_images import choose_images, find_tags, has_tags, list_changes, read_images, replace_named_marks, replace_tags
 from trainer.data.rows.row_rules import RowRules
-from trainer.data.rows.tool import TOOL_KEYS, read_tools
-from trainer.data.rows.turn import read_system, read_turns
 
 
 @dataclass(frozen=True, kw_only=True)

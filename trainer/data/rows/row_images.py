@@ -7,8 +7,8 @@ from typing import Any
 
 from trainer.contract import ImageForm
 from trainer.data.rows.image_form import as_trained, join_images
+from trainer.data.rows.message.turn import FROM_IMAGES, path_of
 from trainer.data.rows.parsed_row import MARK, SUFFIXES, AddProblem, ImageReference, Row, Turn, keys_of
-from trainer.data.rows.turn import FROM_IMAGES, path_of
 
 IMAGE_KEYS = ("image", "images")
 EMPTY = (None, "", [])

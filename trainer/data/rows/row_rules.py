@@ -9,7 +9,7 @@ from trainer.contract import DataSpec
 @dataclass(frozen=True, kw_only=True)
 class RowRules:
     """`unmarked`, `turns`, `learn`: of several images without marks, of messages in another order, and of earlier answers
-    (trainer.data.rows.turn_order). `reasoning`: of answers, kept or left out. `question`: of rows that have an image and its caption, '' = they are
+    (trainer.data.rows.message.turn_order). `reasoning`: of answers, kept or left out. `question`: of rows that have an image and its caption, '' = they are
     refused."""
 
     unmarked: Literal["refuse", "first", "last"] = "refuse"

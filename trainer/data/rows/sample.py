@@ -21,7 +21,7 @@ from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, 
 from trainer.data.rows.row_check import check_parsed
 from trainer.data.rows.row_format import USUAL, find_format, known_keys, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
-from trainer.data.rows.selection import Selection
+from trainer.data.rows.selection import RowSelection
 from trainer.data.rows.text_mark import check_texts
 from trainer.data.sources.data_set import EMPTY, DataSet, set_of_file
 from trainer.data.sources.source import AnnotationSource
@@ -93,7 +93,7 @@ def read_samples(
 
 
 def read_set(
-    found: DataSet, form: ImageForm = LINE_FEED, selection: Selection | None = None
+    found: DataSet, form: ImageForm = LINE_FEED, selection: RowSelection | None = None
 ) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The same of a data set. `selection`: of its conversations, and problems of those only; None for all, as often as their files are used."""
     samples: list[Sample] = []

@@ -51,7 +51,7 @@ class Pick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class RowSelection:
     """The sequence of samples: those of each pick, one pick after the other. `sources`: the rows of each source of the data set."""
 
     picks: tuple[Pick, ...]
@@ -89,7 +89,7 @@ class Selection:
         return None
 
 
-def select(sizes: Sequence[SetSize], data: DataSpec, groups: Numbers | None = None) -> tuple[Selection, Selection]:
+def select(sizes: Sequence[SetSize], data: DataSpec, groups: Numbers | None = None) -> tuple[RowSelection, RowSelection]:
     """(trained, held out). `groups`: a number for each row; rows with the same one share an image, and stay on one side of a split. Raises
     CannotSelect for options that do not fit the rows."""
     firsts = [0, *accumulate(size.rows for size in sizes)]
@@ -113,7 +113,7 @@ def select(sizes: Sequence[SetSize], data: DataSpec, groups: Numbers | None = No
         if size.samples > size.rows:
             left = shuffle(np.arange(size.rows) if left is None else left, data.split_seed)
         trained.append(Pick(first=first, rows=size.rows, count=count.trained, places=left))
-    return Selection(picks=tuple(trained)), Selection(picks=tuple(held))
+    return RowSelection(picks=tuple(trained)), RowSelection(picks=tuple(held))
 
 
 def check_rest(sizes: Sequence[SetSize], counts: Sequence[SetCount]) -> None:

@@ -17,7 +17,7 @@ from trainer.contract.annotation_file import read_meta
 from trainer.contract.row_sets.data_set_info import InfoEntry
 from trainer.data.media.image import hash_file
 from trainer.data.media.store import MediaStore
-from trainer.data.rows.parsed_row import Row, keys_of, kind
+from trainer.data.rows.parsed_row import Row, keys_of, kind, quote
 from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.column_map import Columns, find_columns
 
@@ -78,7 +78,7 @@ def find_entry_faults(entry: Any, data: DataSpec | None = None) -> list[tuple[st
 def find_number_faults(entry: Row) -> list[tuple[str, str, str]]:
     repeat, faults = entry.get("repeat_time", 1), []
     if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not 0 < repeat < 1e6 or (repeat > 1 and repeat != int(repeat)):
-        faults.append((".repeat_time", f"is {repeat!r}", "write a whole number from 1, or a fraction between 0 and 1"))
+        faults.append((".repeat_time", f"is {quote(repeat)}", "write a whole number from 1, or a fraction between 0 and 1"))
     if not isinstance(entry.get("root", ""), str):
         faults.append((".root", f"is {kind(entry['root'])}, not a path", "write the folder that its image paths start at"))
     return faults
@@ -91,12 +91,12 @@ def find_unread(entry: Row, data: DataSpec | None) -> Iterator[tuple[str, str, s
     if augment not in (None, False) and not (data and data.augmentation.jpeg):
         yield (
             ".data_augment",
-            f"{augment!r}: {AUGMENTED}",
+            f"{quote(augment)}: {AUGMENTED}",
             "set data.augmentation.jpeg=75, which is for the images of all sets, or set it to false",
         )
     if tiles is not None and not (data and data.max_tiles == tiles):
         valid = isinstance(tiles, int) and tiles > 0
-        yield ".max_dynamic_patch", f"{tiles!r}: {TILES}", f"set data.max_tiles={tiles}, or remove it" if valid else "remove it"
+        yield ".max_dynamic_patch", f"{quote(tiles)}: {TILES}", f"set data.max_tiles={tiles}, or remove it" if valid else "remove it"
 
 
 def hash_sources(file: Path, images: Path, hash_of: Callable[[Path], str] = hash_file) -> str:

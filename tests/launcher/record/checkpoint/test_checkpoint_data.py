@@ -10,7 +10,7 @@ import pytest
 from launcher.config.compose import compose
 from launcher.config.schema import Config, Data
 from launcher.errors import ConfigRefused
-from launcher.plan.rows import find_missing
+from launcher.plan.data.rows import find_missing
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
 from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.record import SourceState, open_run

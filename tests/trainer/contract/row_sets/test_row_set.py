@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
     "a folder of several kinds": (["d/a.json", "d/b.parquet"], "d", ("several kinds", "JSON (a.json)", "parquet (b.parquet)", "*.json")),
     "a folder without the split": (["d/test.json"], "d", ("has no split train; it has test",)),
     "files with and without a split": (["d/train.json", "d/more.json"], "d", ("(train.json) and others (more.json)",)),
-    "a name that nobody knows": ([], "mllm_demo", ("neither a file nor a folder", "no dataset_info.json", "data.info=FOLDER")),
+    "a name that is not known": ([], "mllm_demo", ("neither a file nor a folder", "no dataset_info.json", "data.info=FOLDER")),
     "a name without a copy": (
         [],
         "somebody/llava-en-2k",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from launcher.plan.row_count import count_rows
+from launcher.plan.data.row_count import count_rows
 from trainer.contract import InputRefused
 from trainer.data.containers.annotation import read_rows
 from trainer.data.media.store import MediaStore

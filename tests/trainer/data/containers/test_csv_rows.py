@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan.row_count import count_rows
+from launcher.plan.data.row_count import count_rows
 from trainer.data.containers.annotation import read_rows
 
 GOOD = {

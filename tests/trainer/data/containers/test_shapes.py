@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.plan.row_count import count_rows
+from launcher.plan.data.row_count import count_rows
 from trainer.data.containers.annotation import read_rows
 from trainer.data.rows.indexed_samples import index_samples
 from trainer.data.rows.sample import read_samples

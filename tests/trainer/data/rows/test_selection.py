@@ -9,7 +9,7 @@ import pytest
 from tests.trainer.conftest import make_spec
 from trainer.contract import DataSpec
 from trainer.contract.row_sets.selection import CannotSelect, Choice, SetSize, count_selected
-from trainer.data.rows.selection import Selection, place_of, select
+from trainer.data.rows.selection import RowSelection, place_of, select
 
 A, B = {"name": "a", "rows": 6}, {"name": "b", "rows": 4}
 
@@ -138,4 +138,4 @@ def test_uses_of_a_row(data: DataSpec, options: dict[str, Any]) -> None:
 
 def test_places() -> None:
     assert [place_of(row, (3, 3, 5)) for row in range(5)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
-    assert len(Selection(picks=())) == 0 and Selection(picks=()).rows().tolist() == []
+    assert len(RowSelection(picks=())) == 0 and RowSelection(picks=()).rows().tolist() == []

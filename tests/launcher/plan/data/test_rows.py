@@ -11,9 +11,9 @@ from launcher.config.compose import compose
 from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
+from launcher.plan.data.row_count import count_rows
+from launcher.plan.data.rows import count_with, settle_rows
 from launcher.plan.plan import refuse
-from launcher.plan.row_count import count_rows
-from launcher.plan.rows import count_with, settle_rows
 from launcher.plan.short import describe_short
 from tests.launcher.conftest import PROJECT
 
@@ -82,6 +82,7 @@ FILES = ("data=files", "data.train=rows.json", "stage.global_batch=8")
         ((*FILES, "data.evaluation=12", "run.epochs=1"), 48, 6),
         ((*FILES, "data.evaluation=12", "run.epochs=1", "data.rows=50"), 50, 7),  # of rows that share images, which are not divided
         (("data=files", "stage.global_batch=8", "data.train=[rows.json,d.json]", "data.mixing=interleave", "run.epochs=1"), 14, 2),
+        ((*FILES, "run.epochs=1", "data.rows=50", "data.bad_rows=skip"), 50, 7),  # fewer than the file has: some are left out
         (("run.epochs=2",), 0, 47),  # of the 1,500 digits, in batches of 64
         ((*FILES, "run.epochs=1", "run.steps=null"), 60, None),
     ],
@@ -106,6 +107,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a hub's data set": (("data.train=somebody/llava", "run.epochs=1"), r"huggingface-cli download --repo-type dataset somebody/llava"),
     "a split of nothing": (("data.train=c.json", "data.evaluation=0.5", "run.epochs=1"), r"data\.evaluation=0\.5 holds out no row of 1"),
     "another number": (("data.train=rows.json", "data.rows=7"), r"data\.rows=7: rows\.json has 60 rows"),
+    "more than the file has": (("data.train=rows.json", "data.rows=70", "data.bad_rows=skip"), r"data\.rows=70: rows\.json has 60 rows"),
     "on the nodes only": (
         ("data.train=/srv/x.json", "cluster=example", "run.epochs=2"),
         r"run\.epochs=2 needs the number of rows of data\.train=/srv/x\.json.*192\.0\.2\.11(.|\n)*add data\.rows=NUMBER",
@@ -134,6 +136,16 @@ def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Pat
     for words in (FILES, (*FILES[:1], "data.train=row.json", "cluster=example"), ("data.train=row.json", "data=files", "cluster=example")):
         problems = plan_here(words, "R")[0].verdict.problems
         assert {problem.key for problem in problems} <= {"cluster.nodes"}, "the nodes have files of their own"
+
+
+def test_epochs_count_the_rows_that_are_used(here: Path) -> None:
+    """The data is checked for it: rows 1 and 2 have an empty answer."""
+    empty = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}
+    (here / "rows.json").write_text(json.dumps([empty] * 2 + [ROW] * 58))
+    words = ("data=files", "data.train=rows.json", "model=tiny_llava", "stage.global_batch=8", "run.epochs=4")
+    config = plan_here((*words, "data.bad_rows=skip"), "r")[0].config
+    assert (config.data.rows, config.run.steps) == (58, 29)
+    assert plan_here(words, "r")[0].config.data.rows == 60, "by default all are counted, and the check refuses the bad ones"
 
 
 def test_rows_on_the_nodes_can_be_given(here: Path) -> None:

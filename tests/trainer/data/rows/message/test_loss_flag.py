@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.rows.loss_flag import read_loss
+from trainer.data.rows.message.loss_flag import read_loss
 
 # keys of an answer -> whether it is in the loss
 READ: dict[str, tuple[dict[str, Any], bool]] = {

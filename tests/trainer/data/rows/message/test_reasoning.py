@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.rows.reasoning import STRIPPED
+from trainer.data.rows.message.reasoning import STRIPPED
 from trainer.data.rows.row_rules import RowRules
 from trainer.data.rows.sample import read_samples
 

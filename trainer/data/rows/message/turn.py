@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainer.data.rows.loss_flag import read_loss
-from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, ToolCall, Turn, keys_of, kind
-from trainer.data.rows.reasoning import is_reasoning, read_reasoning
-from trainer.data.rows.role import ReadRole, find_role, suggest_role
-from trainer.data.rows.tool import read_calls, split_calls
+from trainer.data.rows.message.loss_flag import read_loss
+from trainer.data.rows.message.reasoning import is_reasoning, read_reasoning
+from trainer.data.rows.message.role import ReadRole, find_role, suggest_role
+from trainer.data.rows.message.tool import read_calls, split_calls
+from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, ToolCall, Turn, keys_of, kind, quote
 
 # Of a block {"type": "image", KEY: path}: transformers' chat templates use the first three, ms-swift and OpenAI the last.
 PATH_KEYS = ("image", "path", "url", "image_url")
@@ -49,7 +49,7 @@ def read_turn(item: Any, field: str, add_problem: AddProblem) -> Read | None:
         return None
     role = find_role(item[role_key])
     if role is None:
-        add_problem(f"{field}.{role_key}", f"unknown role {item[role_key]!r}", suggest_role(item[role_key]))
+        add_problem(f"{field}.{role_key}", f"unknown role {quote(item[role_key])}", suggest_role(item[role_key]))
         return None
     if len(item) == 2 and isinstance(item[text_key], str) and not role.is_call:  # the usual case, without other keys
         adjusted = (role.adjustment,) if role.adjustment else ()
@@ -171,7 +171,7 @@ def describe_block(block: Row, given: list[str]) -> str:
     if len(given) > 1:
         return f"has more than one image path: {' and '.join(given)}"
     if isinstance(block.get("type"), str) and block["type"] not in IMAGE_TYPES:
-        return f"has the type {block['type']!r}; only text and images are supported"
+        return f"has the type {quote(block['type'])}; only text and images are supported"
     return f"has the keys {keys_of(block)}"
 
 

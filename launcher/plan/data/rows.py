@@ -1,26 +1,26 @@
 """The rows to train on, counted on this machine, and the steps that run.epochs stands for.
 
-A row is counted as trainer.data.rows reads it (launcher.plan.row_count), each conversation of a list in it, and the files of an InternVL meta file
+A row is counted as trainer.data.rows reads it (launcher.plan.data.row_count), each conversation of a list in it, and the files of an InternVL meta file
 as often as it says.
 """
 
-import os
 import shlex
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from launcher.check.problem import Problem
 from launcher.config.defaults import EPOCHS, count_steps, keys_of, with_short_warmup
 from launcher.config.schema import Config, Data
 from launcher.errors import ConfigRefused, suggest
-from launcher.plan.data_files import choice_of
-from launcher.plan.row_count import UNREADABLE, count_of
+from launcher.plan.data.row_count import UNREADABLE, count_of
 from trainer.contract import DataEntry, DataProblem, Entries
 from trainer.contract.annotation_file import read_meta
 from trainer.contract.row_file import BY_SUFFIX, COMPRESSED, suffix_of
 from trainer.contract.row_sets.data_set_info import entries_of_file
-from trainer.contract.row_sets.hub_copy import find_repository, read_name
+from trainer.contract.row_sets.hub_copy import REPOSITORY, find_repository, read_name
+from trainer.contract.row_sets.row_files import is_glob, split_glob
 from trainer.contract.row_sets.row_set import (
     Places,
     RowSet,
@@ -32,11 +32,12 @@ from trainer.contract.row_sets.row_set import (
     read_samples_mark,
     split_samples,
 )
-from trainer.contract.row_sets.selection import CannotSelect, SetSize, count_selected, read_split
+from trainer.contract.row_sets.selection import CannotSelect, Choice, SetSize, count_selected, read_split
 
 BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
 QUICK_BYTES = 64 * 2**20  # counted in a second, also where no epochs are asked for
 MOST_EPOCHS = 10**6
+Absolute = Callable[[str], str]
 
 
 def settle_rows(config: Config, typed: Set[str], here: Path) -> Config:
@@ -89,10 +90,10 @@ def local_places(data: Data, here: Path, environ: Mapping[str, str], *, held_out
 
 
 def local_sets(config: Config, here: Path, side: str) -> tuple[tuple[RowSet, ...], tuple[DataProblem, ...]]:
-    """The sets of data.train or data.evaluation on this machine; none for a split. `side`: 'train' or 'evaluation'."""
+    """The sets of data.train or data.evaluation on this machine, where `with_data_files` looked for them; none for a split. `side`: 'train' or 'evaluation'."""
     if side == "evaluation" and read_split(config.data.evaluation):
         return (), ()
-    return find_sets(getattr(config.data, side), local_places(config.data, here, os.environ, held_out=side == "evaluation"))
+    return find_sets(getattr(config.data, side), local_places(config.data, here, {}, held_out=side == "evaluation"))
 
 
 def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:
@@ -226,3 +227,60 @@ def suggest_file(file: Path) -> str:
     if not names:
         return f"no file of rows is in {file.parent}" if file.parent.is_dir() else f"there is no folder {file.parent} either"
     return suggest(file.name, names)
+
+
+# ------------------------------------------------------------------------------------------------------------- the spec
+
+
+def choice_of(data: Data) -> Choice:
+    return Choice(max_samples=data.max_samples, split=read_split(data.evaluation), mixing=data.mixing, mixing_stop=data.mixing_stop)
+
+
+def spec_files(config: Config, absolute: Absolute) -> dict[str, Any]:
+    """The keys of trainer.contract.DataSpec that say which rows are meant. `absolute`: of a path that the user gives."""
+    data, split = config.data, read_split(config.data.evaluation)
+    seed = config.run.seed if data.split_seed is None and chooses(data) else data.split_seed or 0
+    return {
+        "train": spec_entries(data.train, absolute),
+        "evaluation": "" if split else spec_entries(data.evaluation, absolute),
+        "split": split,
+        "split_seed": seed,
+        **{name: absolute(path) if (path := getattr(data, name)) else "" for name in ("images", "info", "mirror")},
+        **{name: getattr(data, name) for name in ("max_samples", "mixing", "mixing_stop")},
+    }
+
+
+def chooses(data: Data) -> bool:
+    """Whether a seed may choose rows: those of a split, or the samples of an entry, which a dataset_info.json may ask for too."""
+    drawn = (entry.samples or read_samples_mark(entry.file)[1] or is_name(entry.file) for entry in as_entries(data.train))
+    return bool(read_split(data.evaluation)) or any(drawn)
+
+
+def spec_entries(entries: Entries, absolute: Absolute) -> Entries:
+    if isinstance(entries, str):
+        return spec_file(entries, absolute)
+    given = ((entry, entry.images and absolute(entry.images)) for entry in entries)
+    return tuple(replace(entry, file=spec_file(entry.file, absolute), images=images) for entry, images in given)
+
+
+def spec_file(text: str, absolute: Absolute) -> str:
+    """The absolute path; the name of a data set as it is."""
+    return text if not text or is_name(text) else absolute(text)
+
+
+def folders_of(entries: Entries) -> tuple[str, ...]:
+    """What a container needs of the paths in data.train or data.evaluation. A file is mounted with its folder, since a dataset_info.json beside it
+    counts, and image paths start there without data.images."""
+    named = ((read_samples_mark(entry.file)[0], entry.images) for entry in as_entries(entries))
+    return tuple(path for text, images in named for path in (folder_of(text) if text.startswith("/") else "", images) if path)
+
+
+def folder_of(path: str) -> str:
+    """A folder; that of a file of rows; of a glob the one before its wildcards; of a copy of a hub's data set the one with the files that its links
+    lead to."""
+    pure = PurePosixPath(str(split_glob(path)[0]) if is_glob(path) else path)
+    repository = next((place for place, part in enumerate(pure.parts) if part.startswith(REPOSITORY)), None)
+    if repository is not None:
+        return str(PurePosixPath(*pure.parts[: repository + 1]))
+    is_file = not is_glob(path) and bool(pure.suffix) and pure.parent != pure.parent.parent
+    return str(pure.parent if is_file else pure)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from trainer.data.rows.message.turn import OBJECT_AS_TEXT
 from trainer.data.rows.parsed_row import ToolCall
 from trainer.data.rows.sample import Sample, read_samples
-from trainer.data.rows.turn import OBJECT_AS_TEXT
 
 Row = dict[str, Any]
 FUNCTION = {"name": "zoom", "description": "looks closer", "parameters": {"type": "object", "properties": {}}}

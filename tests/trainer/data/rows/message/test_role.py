@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.data.rows.role import ReadRole, find_role, suggest_role
+from trainer.data.rows.message.role import ReadRole, find_role, suggest_role
 
 READ = {
     "user": ReadRole(role="user"),
