@@ -1,4 +1,4 @@
-"""What the check of the data says about rows of public reports, and how they are read: the table is public_rows.yaml."""
+"""What the check of the data says about rows of users, and how they are read: the tables are public_rows.yaml and case_rows.yaml."""
 
 import json
 import re
@@ -15,17 +15,22 @@ from tests.benchmarks.peer_rows.model import write_model
 from trainer.data.check import examine_data
 from trainer.data.rows.sample import Sample, read_samples
 
-ENTRIES: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "public_rows.yaml").read_text(encoding="utf-8"))
+TABLES = {
+    name: yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("public_rows", "case_rows")
+}
 KEYS = {"name", "source", "wants", "waits_for", "images", "data", "files", "expect"}
-EXPECTED = {"samples", "roles", "images", "learned", "text", "adjusted", "problems", "problem"}
+EXPECTED = {"samples", "roles", "images", "learned", "reasoning", "calls", "text", "adjusted", "problems", "problem", "report_rows"}
 
 
-def test_the_table() -> None:
-    assert len(ENTRIES) >= 30 and len({entry["name"] for entry in ENTRIES}) == len(ENTRIES)
-    for entry in ENTRIES:
+@pytest.mark.parametrize("table", TABLES)
+def test_the_table(table: str) -> None:
+    entries = TABLES[table]
+    assert len({entry["name"] for entry in entries}) == len(entries) >= 30
+    for entry in entries:
         assert set(entry) <= KEYS and set(entry["expect"]) <= EXPECTED, entry["name"]
-        assert re.match(r"[\w.-]+/[\w.-]+#\d+", entry["source"]), entry["name"]
+        assert table != "public_rows" or re.match(r"[\w.-]+/[\w.-]+#\d+", entry["source"]), entry["name"]
         assert ("problem" in entry["expect"]) == bool(entry["expect"].get("problems")), entry["name"]
+        assert len(entry["expect"]) >= 1 + ("problem" not in entry["expect"] and "report_rows" not in entry["expect"]), entry["name"]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +45,11 @@ def parameters() -> list[Any]:
         waits = entry.get("waits_for")
         return pytest.mark.xfail(reason=f"waits for {waits}", strict=False) if waits else ()
 
-    return [pytest.param(entry, id=entry["name"], marks=marks(entry)) for entry in ENTRIES]
+    return [pytest.param(entry, id=entry["name"], marks=marks(entry)) for table in TABLES.values() for entry in table]
 
 
 @pytest.mark.parametrize("entry", parameters())
-def test_a_public_row(entry: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_rows_of_users(entry: dict[str, Any], model: Path, tmp_path: Path) -> None:
     train = write_files(entry, tmp_path)
     spec = make_spec("qwen", model, tmp_path, train.name)
     spec = replace(spec, data=replace(spec.data, **entry.get("data", {})))
@@ -57,6 +62,7 @@ def test_a_public_row(entry: dict[str, Any], model: Path, tmp_path: Path) -> Non
     assert len(said) == expect.get("problems", 0), said
     assert all(re.search(expect["problem"], lines) for lines in said.values()), said
     check_samples(samples, expect)
+    assert report.train_rows == expect.get("report_rows", report.train_rows)
     if "adjusted" in expect:
         found = list(report.summary.adjustments)
         assert len(found) == len(expect["adjusted"]) and all(re.search(*pair) for pair in zip(expect["adjusted"], found, strict=True)), (
@@ -69,6 +75,8 @@ def check_samples(samples: tuple[Sample, ...], expect: dict[str, Any]) -> None:
         "samples": len(samples),
         "roles": [" ".join(message.role for message in sample.messages) for sample in samples],
         "images": [len(sample.images) for sample in samples],
+        "reasoning": [message.reasoning for sample in samples for message in sample.messages if message.reasoning],
+        "calls": [call.name for sample in samples for message in sample.messages for call in message.calls],
         "learned": [
             message.content for sample in samples for message in sample.messages if message.role == "assistant" and message.in_loss
         ],
