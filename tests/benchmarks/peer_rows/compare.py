@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +80,8 @@ def compare_row(
 
 
 def encode_sample(sample: Sample, processor: Processor, spec: TrainSpec) -> Expected:
-    found = encode_cached(sample, processor, spec, image_sizes(sample), Cache(0))
+    sizes = image_sizes(*(sample, spec)[: len(signature(image_sizes).parameters)])
+    found = encode_cached(sample, processor, spec, sizes, Cache(0))
     return fold(found.input_ids, found.labels, image_token_id(spec, processor))
 
 
