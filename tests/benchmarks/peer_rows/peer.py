@@ -46,5 +46,6 @@ PEERS = {
     "sharegpt4v": Peer(environment="sw", script="run_llava.py", more=("{peers}/src/ShareGPT4V", "share4v")),
     "qwen_vl_finetune": Peer(environment="sw", script="run_qwen.py", more=("{peers}/src/Qwen3-VL",)),
     "minicpm_v": Peer(environment="sw", script="run_minicpm.py", more=("{peers}/src/MiniCPM-V",)),
+    "rlaif_v": Peer(environment="sw", script="run_rlaif.py", more=("{peers}/src/RLAIF-V",)),
     "internvl_chat": Peer(environment="sw", script="run_internvl.py", more=("{peers}/src/InternVL",)),
 }
