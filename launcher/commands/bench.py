@@ -162,8 +162,7 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
     from launcher.run.session import examine_nodes, require_health
 
     refuse(plan.verdict, launching=True)
-    stack = load_stacks(PROJECT / "images")[plan.config.hardware.stack]
-    require_health(examine_nodes(plan, stack, os.environ, launching=True), say)
+    require_health(examine_nodes(plan, load_stacks(PROJECT / "images"), os.environ, launching=True), say)
 
 
 # ------------------------------------------------------------------------------------------------------------------- text

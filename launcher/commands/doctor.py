@@ -24,6 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.run.session import examine_nodes
 
     plan = plan_of(arguments.overrides, "", only_nodes=True, conf=conf_of(arguments))
-    examination = examine_nodes(plan, load_stacks(PROJECT / "images")[plan.config.hardware.stack], os.environ, launching=False)
+    examination = examine_nodes(plan, load_stacks(PROJECT / "images"), os.environ, launching=False)
     arguments.say(findings_json(examination.findings) if arguments.json else describe_findings(examination.findings))
     return Exit.NODE if has_errors(examination.findings) else Exit.OK

@@ -16,6 +16,7 @@ TOOL = {"cuda": "nvidia-smi", "npu": "npu-smi info", "cpu": ""}
 LEAST_SHARE = 0.9  # of the memory in the hardware table: ECC and the driver take some
 BUSY_SHARE = 0.15  # memory in use without a visible process; an idle 910B4 reports 9 %
 GROUP_READ_WRITE = 0o060
+MILD = "warning"  # of npu-smi, below Alarm and Critical: the device computes
 NO_DEVICES = "no devices could be read"
 
 
@@ -31,17 +32,22 @@ def used(checked: CheckedNode) -> tuple[SmiDevice, ...]:
 
 
 def check_device_tool(checked: CheckedNode) -> CheckResult:
-    tool = TOOL[checked.plan.config.hardware.accelerator]
-    if not checked.facts.devices_error:
+    """What each way to fail means is in smi_faults.yaml."""
+    tool, faults = TOOL[checked.plan.config.hardware.accelerator], checked.facts.device_faults
+    if not faults:
         return passed(f"{tool} works")
-    fix = f"install the driver of the {checked.plan.config.hardware.title} on the host; then {tool} must work for {checked.facts.user}"
-    return failed(f"{tool}: {checked.facts.devices_error}", fix)
+    evidence = "\n".join(f"{tool}: {fault.described}" for fault in faults)
+    fix = "\n".join(dict.fromkeys(fault.fix for fault in faults if fault.fix)).replace("USER", checked.facts.user or "USER")
+    if checked.facts.devices:
+        return warned(evidence, fix)
+    usual = f"install the driver of the {checked.plan.config.hardware.title} on the host; then {tool} must work for {checked.facts.user}"
+    return failed(evidence, fix or usual)
 
 
 def check_device_count(checked: CheckedNode) -> CheckResult:
     wanted, there = wanted_numbers(checked), tuple(device.physical for device in checked.facts.devices)
     missing = [number for number in wanted if number not in there]
-    if checked.facts.devices_error:
+    if not there and checked.facts.device_faults:
         return unchecked(NO_DEVICES)
     if not missing:
         return passed(f"{plural(len(there), 'device')}, {len(wanted)} used")
@@ -80,14 +86,16 @@ def check_device_memory(checked: CheckedNode) -> CheckResult:
 def check_device_health(checked: CheckedNode) -> CheckResult:
     if not used(checked):
         return unchecked(NO_DEVICES)
-    unhealthy = [f"device {device.physical}: {device.health}" for device in used(checked) if device.health.upper() != "OK"]
-    if not unhealthy:
+    states = {device.physical: device.health for device in used(checked) if device.health.upper() != "OK"}
+    if not states:
         return passed("all healthy")
+    unhealthy = [f"device {number}: {health}" for number, health in states.items()]
     fix = {
         "cuda": "sudo nvidia-smi --gpu-reset -i INDEX when no process uses it, or restart the node; dmesg | grep NVRM has the reason",
         "npu": "npu-smi info -t health -i NPU -c CHIP has details; npu-smi set -t reset -i NPU -c CHIP when no process uses it",
     }
-    return failed(", ".join(unhealthy), fix[checked.plan.config.hardware.accelerator])
+    mild = all(health.casefold() == MILD for health in states.values())
+    return (warned if mild else failed)(", ".join(unhealthy), fix[checked.plan.config.hardware.accelerator])
 
 
 def check_device_idle(checked: CheckedNode) -> CheckResult:
@@ -117,22 +125,46 @@ def check_driver(checked: CheckedNode) -> CheckResult:
         return unchecked("the node does not report a driver version")
     problems = list(outside_range(checked))
     if problems:
-        fix = "install a driver in that range, or choose another stack: hardware.stack=NAME (docs/images.md has the ranges)"
-        return failed("\n".join(f"driver {driver} is {text}" for text in problems), fix)
+        return failed("\n".join(f"driver {driver} is {text}" for text in problems), driver_fix(checked))
     return passed(f"driver {driver} fits {checked.stack.toolkit or checked.stack.name}")
 
 
 def outside_range(checked: CheckedNode) -> Iterator[str]:
-    """Only the digits that a bound has are compared: 580.159 is not above 580."""
-    hardware, stack, driver = checked.plan.config.hardware, checked.stack, version_numbers(checked.facts.driver)
+    hardware, stack = checked.plan.config.hardware, checked.stack
     for who, low, high in (
         (hardware.title, hardware.driver.minimum, hardware.driver.maximum),
         (stack.toolkit or stack.name, stack.driver_minimum, stack.driver_maximum),
     ):
-        if low and driver < version_numbers(low):
+        if is_older(checked.facts.driver, low):
             yield f"older than {low}, the oldest for {who}"
-        if high and driver[: len(version_numbers(high))] > version_numbers(high):
+        if is_newer(checked.facts.driver, high):
             yield f"newer than {high}, the newest for {who}"
+
+
+def is_older(driver: str, low: str) -> bool:
+    return bool(low) and version_numbers(driver) < version_numbers(low)
+
+
+def is_newer(driver: str, high: str) -> bool:
+    """Only the digits that the bound has are compared: 580.159 is not above 580."""
+    return bool(high) and version_numbers(driver)[: len(version_numbers(high))] > version_numbers(high)
+
+
+def driver_fix(checked: CheckedNode) -> str:
+    """The drivers that would do; and another stack, if the plan can have it and it takes the driver that is there."""
+    driver, bounds = checked.facts.driver, (checked.plan.config.hardware.driver, checked.stack)
+    low = max((bounds[0].minimum, bounds[1].driver_minimum), key=version_numbers)
+    highs = [high for high in (bounds[0].maximum, bounds[1].driver_maximum) if high]
+    kind = checked.stack.driver_kind
+    fitting = (
+        name
+        for name, stack in checked.stacks.items()
+        if stack.driver_kind == kind and not is_older(driver, stack.driver_minimum) and not is_newer(driver, stack.driver_maximum)
+    )
+    other = next(filter(None, (offer(checked, {"hardware.stack": name}) for name in fitting)), "")
+    newest = min(highs, key=version_numbers, default="")
+    upgrade = f"upgrade the driver to {low} or newer" if is_older(driver, low) else f"install a driver up to {newest}"
+    return f"{upgrade}; or {other}, which takes driver {driver}" if other else upgrade
 
 
 def check_device_files(checked: CheckedNode) -> CheckResult:

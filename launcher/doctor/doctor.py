@@ -3,13 +3,14 @@
 Each finding has a name, the evidence, and the command or override that fixes the problem.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
-from launcher.doctor import cross_node_checks, device_checks, free_memory, host_checks, live_checks
+from launcher.doctor import cross_node_checks, device_checks, free_memory, gpu_checks, host_checks, live_checks
 from launcher.doctor.findings import (
     EVERY_NODE,
     REACH,
@@ -35,6 +36,7 @@ from launcher.plan.plan import Plan
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Transport
 
+NEXT = "Next: "  # begins the next step in the text of a NodeFailed
 Need = Literal["docker", "cuda", "npu", "ascend_runtime", "device", "several", "named_data", "driver"]
 NEEDS: dict[Need, Callable[[Plan], bool]] = {
     "docker": lambda plan: plan.config.cluster.runtime == "docker",
@@ -68,6 +70,7 @@ class CrossNodeCheck:
 
 NODE_CHECKS: dict[str, Check] = {
     "shell": Check(run=host_checks.check_shell),
+    "ssh_config": Check(run=host_checks.check_ssh_config, launch=False),
     "architecture": Check(run=host_checks.check_architecture),
     "kernel": Check(run=host_checks.check_kernel, launch=False),
     "memory": Check(run=host_checks.check_memory),
@@ -95,6 +98,10 @@ NODE_CHECKS: dict[str, Check] = {
     "fit": Check(run=free_memory.check_fit, needs=("device",)),
     "device_health": Check(run=device_checks.check_device_health, needs=("device",)),
     "device_idle": Check(run=device_checks.check_device_idle, needs=("device",)),
+    "mig": Check(run=gpu_checks.check_mig, needs=("cuda",)),
+    "compute_mode": Check(run=gpu_checks.check_compute_mode, needs=("cuda",)),
+    "memory_repair": Check(run=gpu_checks.check_memory_repair, needs=("cuda",)),
+    "fabric": Check(run=gpu_checks.check_fabric, needs=("cuda",)),
     "driver": Check(run=device_checks.check_driver, needs=("driver",)),
     "device_files": Check(run=device_checks.check_device_files, needs=("device",)),
     "device_access": Check(run=device_checks.check_device_access, needs=("npu", "docker")),
@@ -129,7 +136,7 @@ class Examination:
 
 def examine(
     plan: Plan,
-    stack: Stack,
+    stacks: Mapping[str, Stack],
     nodes: Sequence[Node],
     transports: Sequence[Transport | NodeFailed],
     *,
@@ -145,7 +152,7 @@ def examine(
     used_ports = frozenset(port for facts in answers if isinstance(facts, NodeFacts) for port in facts.ports)
     answered = tuple(
         AnsweredNode(
-            checked=CheckedNode(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts, used_ports=used_ports),
+            checked=CheckedNode(plan=plan, stacks=stacks, node=node, rank=rank_of(plan, node), facts=facts, used_ports=used_ports),
             transport=transport,
         )
         for node, transport, facts in zip(nodes, transports, answers, strict=True)
@@ -204,13 +211,20 @@ def check_node(
 ) -> Iterator[Finding]:
     checks = {name: check for name, check in NODE_CHECKS.items() if applies(plan, check.needs) and (check.launch or not launching)}
     if isinstance(facts, NodeFailed):
-        evidence, _, fix = str(facts).partition("\n")
-        yield named(REACH, node.host, failed(evidence, fix.strip() or f"ssh {node.host} true"))
+        evidence, _, fix = str(facts).partition(NEXT)
+        yield named(REACH, node.host, failed(evidence.rstrip(), fix.strip() or ssh_command(node)))
         yield from (named(name, node.host, unchecked("the node could not be reached")) for name in checks)
         return
     yield named(REACH, node.host, passed(f"reached as {facts.user}@{facts.hostname}"))
     for name, check in checks.items():
         yield named(name, node.host, check.run(checked[node.host]))
+
+
+def ssh_command(node: Node) -> str:
+    """By which a person reaches the node as the launcher does."""
+    jump = ("-J", node.jump) if node.jump and node.jump != "none" else ()
+    port = ("-p", str(node.port)) if node.port is not None else ()
+    return shlex.join(("ssh", *jump, *port, f"{node.user}@{node.host}" if node.user else node.host, "true"))
 
 
 def compare_nodes(plan: Plan, nodes: Sequence[CheckedNode], launching: bool) -> Iterator[Finding]:

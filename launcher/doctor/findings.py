@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -44,11 +44,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedNode:
-    """A node that answered, and the plan that it is checked for. `rank`: its node rank, None for a spare. `used_ports`: TCP ports that are
-    in use on any node of the plan."""
+    """A node that answered, and the plan that it is checked for. `stacks`: all rows of versions.yaml. `rank`: its node rank, None for a
+    spare. `used_ports`: TCP ports that are in use on any node of the plan."""
 
     plan: Plan
-    stack: Stack
+    stacks: Mapping[str, Stack]
     node: Node
     rank: int | None
     facts: NodeFacts
@@ -57,6 +57,10 @@ class CheckedNode:
     @property
     def host(self) -> str:
         return self.node.host
+
+    @property
+    def stack(self) -> Stack:
+        return self.stacks[self.plan.config.hardware.stack]
 
     @property
     def command(self) -> NodeCommand:

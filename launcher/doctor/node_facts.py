@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from launcher.doctor.network import NetworkView
 from launcher.doctor.smi import SmiDevice
+from launcher.doctor.smi_fault import SmiFault
 
 GIB = 2**30
 
@@ -70,7 +71,8 @@ class FileMode:
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
     """The answers of a node. `memlock_kib` None = unlimited; `ports`: TCP ports in use for listening; `image_id` '' = the image is not on
-    the node; `devices_error`: why no devices could be read; `modes`: of the device files that are passed to the container."""
+    the node; `device_faults`: what nvidia-smi or npu-smi warns of, or why no devices could be read; `modes`: of the device files that are
+    passed to the container."""
 
     host: str
     machine: str
@@ -93,8 +95,9 @@ class NodeFacts:
     reserved_ports: tuple[tuple[int, int], ...]
     network: NetworkView
     devices: tuple[SmiDevice, ...]
-    devices_error: str
+    device_faults: tuple[SmiFault, ...]
     driver: str
     files: tuple[str, ...]
     contents: dict[str, PathDigest]
     modes: dict[str, FileMode] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()  # of how the node is reached

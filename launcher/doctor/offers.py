@@ -22,7 +22,7 @@ def offer(checked: CheckedNode, values: Mapping[str, Any]) -> str:
     before = asked_config(checked.plan)
     asked = set_values(before, values)
     resolved = resolve(asked)
-    problems = check(asked, {asked.hardware.stack: checked.stack}, resolved=resolved).problems
+    problems = check(asked, dict(checked.stacks), resolved=resolved).problems
     if asked == before or set(problems) - set(checked.plan.verdict.problems):
         return ""
     return " ".join(map(write_override, values.items()))

@@ -12,7 +12,8 @@ from typing import Any
 from launcher.config.schema import Accelerator
 from launcher.doctor.network import Interface, IpRoute, NetworkView
 from launcher.doctor.node_facts import GIB, Clock, Container, DiskSpace, Docker, FileMode, NodeFacts, PathDigest
-from launcher.doctor.smi import SmiDevice, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.doctor.smi import SmiDevice, UnreadableTable, nvidia_remarks, read_npu, read_npu_driver, read_nvidia
+from launcher.doctor.smi_fault import SHOWN, SmiFault, find_faults
 from launcher.errors import ImageFailed
 from launcher.image.docker import read_image
 from launcher.ssh.transport import Result
@@ -84,7 +85,7 @@ def read_facts(
         return answers.get(name, NOT_ASKED)
 
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB$", said("memory").good, re.MULTILINE))
-    devices, devices_error = read_devices(accelerator, said("devices"), said("apps"))
+    devices, faults = read_devices(accelerator, said("devices"), said("apps"))
     shell, _, connection = said("shell").good.partition("\n")
     low, high, reserved = read_ephemeral(said("ephemeral").good)
     return NodeFacts(
@@ -109,7 +110,7 @@ def read_facts(
         reserved_ports=reserved,
         network=read_network(connection, said("addresses").good, said("routes").good, said("links").output),
         devices=devices,
-        devices_error=devices_error,
+        device_faults=faults,
         driver=read_driver(accelerator, devices, said("driver").good, said("devices").output),
         files=tuple(line for line in said("files").output.splitlines() if line.startswith("/")),
         modes=dict(read_modes(said("modes").output)),
@@ -181,16 +182,26 @@ def read_digest(said: CommandOutput) -> PathDigest:
 # --------------------------------------------------------------------------------------------------------------- devices
 
 
-def read_devices(accelerator: Accelerator, said: CommandOutput, apps: CommandOutput) -> tuple[tuple[SmiDevice, ...], str]:
-    """The devices, or why there are none."""
+def read_devices(accelerator: Accelerator, said: CommandOutput, apps: CommandOutput) -> tuple[tuple[SmiDevice, ...], tuple[SmiFault, ...]]:
+    """The devices, and what the tool warns of, or why there are none. Devices that were printed before a failure which makes them unusable are
+    left out."""
     if accelerator == "cpu":
-        return (), ""
-    if said.code:
-        return (), said.failure
+        return (), ()
     try:
-        return (read_nvidia(said.output, apps.good) if accelerator == "cuda" else read_npu(said.output)), ""
+        if accelerator == "cuda":
+            devices, faults = (
+                read_nvidia(said.output, apps.good),
+                find_faults("nvidia-smi", said.code, nvidia_remarks(said.output + said.errors)),
+            )
+        else:
+            faults = find_faults("npu-smi", said.code, (said.output + said.errors).splitlines())
+            devices = () if said.code else read_npu(said.output)
     except UnreadableTable as error:
-        return (), str(error)
+        return (), (SmiFault(evidence=str(error)),)
+    if not devices and not faults:
+        printed = " ".join(said.output.split())[:SHOWN]
+        return (), (SmiFault(evidence=f"no devices are listed: {printed!r}" if printed else "no devices are listed"),)
+    return (devices, faults) if all(fault.warning for fault in faults) else ((), faults)
 
 
 def read_modes(text: str) -> Iterator[tuple[str, FileMode]]:

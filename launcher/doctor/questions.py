@@ -6,7 +6,7 @@ One script per node and one question for its clock, so that 128 nodes take as lo
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.schema import Accelerator
@@ -89,7 +89,7 @@ def ask_node(transport: Transport, query: NodeQuery, *, now: Callable[[], float]
     sent_s = now()
     printed = transport.run(CLOCK, timeout_s=QUESTION_TIMEOUT_S).output
     clock = read_clock(printed, sent_s=sent_s, received_s=now())
-    return read_facts(transport.host, query.accelerator, query.contents, answers, clock)
+    return replace(read_facts(transport.host, query.accelerator, query.contents, answers, clock), remarks=transport.remarks)
 
 
 def questions(query: NodeQuery) -> dict[str, tuple[str, ...]]:

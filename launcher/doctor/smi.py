@@ -5,21 +5,30 @@ its bars and each cell is read by its content. Recorded samples of every layout:
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
-NVIDIA_FIELDS = ("index", "name", "uuid", "memory.total", "memory.used", "driver_version", "compute_cap", "utilization.gpu")
+# The first eight are those of every driver since 510; a node is asked for the others too, and leaves out what its driver does not know.
+FIRST_FIELDS = ("index", "name", "uuid", "memory.total", "memory.used", "driver_version", "compute_cap", "utilization.gpu")
+NVIDIA_FIELDS = (
+    *FIRST_FIELDS,
+    *("mig.mode.current", "compute_mode", "retired_pages.pending", "remapped_rows.pending", "remapped_rows.failure"),
+    *("fabric.state", "fabric.status"),
+)
+NAMED_FIELDS = "fields: "  # begins the first line of nvidia.sh
 # Folders of the tools that may not be on the PATH of an SSH command: npu-smi in /usr/local/sbin with some drivers, nvidia-smi in WSL.
 TOOL_FOLDERS = "/usr/local/bin:/usr/local/sbin:/usr/bin:/bin:/usr/sbin:/sbin:/usr/lib/wsl/lib"
 FIND = ("sh", "-c", f'PATH="$PATH:{TOOL_FOLDERS}"; exec "$@"', "sh")
-NVIDIA_QUERY = (*FIND, "nvidia-smi", f"--query-gpu={','.join(NVIDIA_FIELDS)}", "--format=csv,noheader,nounits")
+NVIDIA_QUERY = ("nvidia.sh", ",".join(NVIDIA_FIELDS))  # a file of node_scripts/
 NVIDIA_APPS_QUERY = (*FIND, "nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits")
 NPU_QUERY = (*FIND, "npu-smi", "info")
 
 MIB_PER_GIB = 1024
 UNKNOWN = ("[N/A]", "N/A", "[Not Supported]", "[Insufficient Permissions]", "")
 UNHEALTHY = re.compile(r"\[?(ERR!|Unknown Error|GPU is lost|GPU requires reset|Reset Required)[^\]]*\]?", re.IGNORECASE)
-NO_NVIDIA_DEVICE = "No devices were found"
+YES = ("Yes", "1")
+FABRIC_WORKS = ("Completed", "Success")
 
 BANNER = re.compile(r"npu-smi\s+(\S+)\s+Version:\s*(\S+)")
 NPU_CELL = re.compile(r"(\d+)\s+(\S+)$")  # 0     910B3
@@ -44,7 +53,8 @@ class DeviceProcess:
 class SmiDevice:
     """One accelerator. `index`: its position in the table, from 0, by which a process addresses it; `physical`: its number in
     /dev/davinciN and for docker. Memory is None where the tool does not print it (unified memory). `health`: OK, or what the tool prints
-    instead."""
+    instead. NVIDIA only: `mig`: whether it is divided into instances; `compute_mode`: Default, Exclusive_Process or Prohibited; `repair`: of its
+    memory, waiting for a restart, or not possible; `fabric`: why NVLink through switches does not work, '' where it does or there is none."""
 
     index: int
     physical: int
@@ -54,35 +64,60 @@ class SmiDevice:
     health: str
     driver: str = ""
     processes: tuple[DeviceProcess, ...] = ()
+    mig: bool = False
+    compute_mode: str = ""
+    repair: Literal["", "pending", "failed"] = ""
+    fabric: str = ""
 
 
 # --------------------------------------------------------------------------------------------------------------- NVIDIA
 
 
 def read_nvidia(text: str, apps: str = "") -> tuple[SmiDevice, ...]:
-    """Devices from the output of NVIDIA_QUERY, and their processes from that of NVIDIA_APPS_QUERY. Raises UnreadableTable."""
-    if NO_NVIDIA_DEVICE in text:
-        return ()
-    rows = [(line, [cell.strip() for cell in line.split(",")]) for line in text.splitlines() if line.strip()]
-    unreadable = next((line for line, cells in rows if len(cells) != len(NVIDIA_FIELDS) or not cells[0].isdigit()), "" if rows else text)
-    if unreadable or not rows:
-        raise UnreadableTable(f"unexpected output of nvidia-smi (wanted: {', '.join(NVIDIA_FIELDS)}): {unreadable!r}")
+    """Devices from the output of NVIDIA_QUERY, and their processes from that of NVIDIA_APPS_QUERY. Lines that are no rows are skipped:
+    `nvidia_remarks`."""
+    fields, rows, _ = split_nvidia(text)
     processes = tuple(nvidia_processes(apps))
-    return tuple(nvidia_device(cells, processes) for _, cells in rows)
+    return tuple(nvidia_device(dict(zip(fields, cells, strict=True)), processes) for cells in rows)
 
 
-def nvidia_device(cells: list[str], processes: tuple[tuple[str, DeviceProcess], ...]) -> SmiDevice:
-    index, name, uuid, total, used, driver = cells[:6]
-    unhealthy = next((cell for cell in cells if UNHEALTHY.fullmatch(cell)), "")
+def nvidia_remarks(text: str) -> tuple[str, ...]:
+    """The lines that are no rows of devices: warnings, and why there are no rows."""
+    return split_nvidia(text)[2]
+
+
+def split_nvidia(text: str) -> tuple[tuple[str, ...], list[list[str]], tuple[str, ...]]:
+    """(fields, the cells of each row, other lines)."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    fields: tuple[str, ...] = FIRST_FIELDS
+    if lines and lines[0].startswith(NAMED_FIELDS):
+        fields = tuple(lines.pop(0).removeprefix(NAMED_FIELDS).split(","))
+    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
+    is_row = [len(row) == len(fields) and row[0].isdecimal() for row in cells]
+    rows = [row for row, good in zip(cells, is_row, strict=True) if good]
+    return fields, rows, tuple(line for line, good in zip(lines, is_row, strict=True) if not good)
+
+
+def nvidia_device(row: Mapping[str, str], processes: tuple[tuple[str, DeviceProcess], ...]) -> SmiDevice:
+    """`row`: field -> cell; a field that the driver does not know is missing."""
+    said = {field: "" if cell in UNKNOWN else cell for field, cell in row.items()}
+    unhealthy = next((cell for cell in said.values() if UNHEALTHY.fullmatch(cell)), "")
+    driver, fabric = said.get("driver_version", ""), [said.get(field, "") for field in ("fabric.state", "fabric.status")]
+    failed = said.get("remapped_rows.failure") in YES
+    pending = {said.get("retired_pages.pending"), said.get("remapped_rows.pending")} & set(YES)
     return SmiDevice(
-        index=int(index),
-        physical=int(index),
-        name=name,
-        memory_total_gib=mib(total),
-        memory_used_gib=mib(used),
+        index=int(said["index"]),
+        physical=int(said["index"]),
+        name=said["name"],
+        memory_total_gib=mib(said["memory.total"]),
+        memory_used_gib=mib(said["memory.used"]),
         health=unhealthy.strip("[]") or "OK",
-        driver="" if driver in UNKNOWN or UNHEALTHY.fullmatch(driver) else driver,
-        processes=tuple(process for owner, process in processes if owner == uuid),
+        driver="" if UNHEALTHY.fullmatch(driver) else driver,
+        processes=tuple(process for owner, process in processes if owner == said["uuid"]),
+        mig=said.get("mig.mode.current") == "Enabled",
+        compute_mode=said.get("compute_mode", ""),
+        repair="failed" if failed else "pending" if pending else "",
+        fabric=" ".join(word for word in fabric if word and not word.endswith(FABRIC_WORKS)),
     )
 
 
@@ -96,7 +131,7 @@ def nvidia_processes(text: str) -> Iterator[tuple[str, DeviceProcess]]:
 
 def mib(cell: str) -> float | None:
     """MiB as GiB; None for [N/A] and similar texts."""
-    return int(cell) / MIB_PER_GIB if cell.isdigit() else None
+    return int(cell) / MIB_PER_GIB if cell.isdecimal() else None
 
 
 # --------------------------------------------------------------------------------------------------------------- Ascend

@@ -129,8 +129,8 @@ def examine_plan(plan: Plan, context: LocalContext, reached: Sequence[Transport 
     """The plan with the network that its working nodes were found in, and with the free memory of the device that has the least. Raises NodeFailed
     with every finding that prevents a launch."""
     stacks, cluster = load_stacks(context.project / "images"), plan.config.cluster
-    stack, token = stacks[plan.config.hardware.stack], uuid.uuid4().hex[:12]
-    examination = examine(plan, stack, cluster.working, reached, now=time.time, token=token, launching=True)
+    token = uuid.uuid4().hex[:12]
+    examination = examine(plan, stacks, cluster.working, reached, now=time.time, token=token, launching=True)
     require_health(examination, say)
     if examination.choices:
         spares = tuple(node for node in cluster.nodes if node.spare)
@@ -172,11 +172,11 @@ def all_reached(reached: Sequence[Transport | NodeFailed]) -> tuple[Transport, .
     return tuple(way for way in reached if not isinstance(way, NodeFailed))
 
 
-def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launching: bool) -> Examination:
+def examine_nodes(plan: Plan, stacks: Mapping[str, Stack], environ: Mapping[str, str], *, launching: bool) -> Examination:
     """The doctor's checks on every node of the cluster, spares too; before a launch only on the working nodes."""
     nodes = plan.config.cluster.working if launching else plan.config.cluster.nodes
     with connect_with(plan.config.cluster, nodes, environ) as (_, reached):
-        return examine(plan, stack, nodes, reached, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
+        return examine(plan, stacks, nodes, reached, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
 
 
 class HealthRefused(NodeFailed):

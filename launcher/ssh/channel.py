@@ -1,11 +1,12 @@
 """One command on an open SSH connection: the line that is sent, and its output.
 
-This is the only module that quotes. sshd passes a command to the user's login shell, which must be a POSIX shell. The line is
+This is the only module that quotes. sshd passes a command to the user's login shell. For a POSIX shell the line is
 
     [eval "$(cat)"; ] [cd -- 'FOLDER' && ] { command -v 'PROGRAM' >/dev/null && echo "omnilaunch $$" || echo "omnilaunch 0"; } && exec 'PROGRAM' 'ARGUMENT' ...
 
 with every word in single quotes, so that the shell reads no keyword, assignment or pattern in it. Output of the login files comes before
-the `omnilaunch` line and is dropped. `$$` remains the id of the program, and of its process group, after `exec`.
+the `omnilaunch` line and is dropped. `$$` remains the id of the program, and of its process group, after `exec`. For another shell (fish, tcsh)
+the same line is sent in octal, to a `sh` that decodes it: no character of it means anything to the shell that reads it first.
 """
 
 import re
@@ -23,6 +24,18 @@ from launcher.ssh.transport import PIECE_BYTES
 LINE_LIMIT_BYTES = 128 * 1024 - 1  # MAX_ARG_STRLEN of Linux: sshd passes the line to the shell as one argument
 SETTLE_S = 0.05  # between checks of programs that have closed their output and still run
 MARK = re.compile(rb"omnilaunch (\d+)\n")
+# What a login prints in place of running the command -> why, and what to do.
+REFUSALS = {
+    r"account is (currently )?not available": "the user has no login shell. Next: sudo chsh -s /bin/bash USER on the node, or log in as another user",
+    r"password (has )?expired|password change required|required to change your password": "the user must change the password first. Next: ssh to the "
+    "node by hand, and change it",
+    r"account (has )?expired|account is locked": "the account is no longer valid. Next: sudo chage -l USER on the node shows it",
+    r"(cd|can't cd|chdir)\b.*no such file": "the folder does not exist there",
+}
+NO_SHELL = (
+    "the login did not run the command. Next: look for ForceCommand in its sshd_config, for command= in authorized_keys, and at the login shell "
+    "of the user (getent passwd USER)"
+)
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -36,6 +49,10 @@ class Exchange:
     errors: bytes
 
 
+class StartFailed(NodeFailed):
+    """The login shell did not start the command."""
+
+
 class ConnectionLost(Exception):
     """The connection was lost before the command ended."""
 
@@ -44,8 +61,8 @@ def quote(word: str) -> str:
     return "'" + word.replace("'", "'\"'\"'") + "'"
 
 
-def command_line(argv: tuple[str, ...], *, folder: Path | None = None, reads_environment: bool = False) -> bytes:
-    """The line for the login shell. Raises NodeFailed for a NUL, a lone surrogate, or more than 128 KiB."""
+def command_line(argv: tuple[str, ...], *, folder: Path | None = None, reads_environment: bool = False, wraps: bool = False) -> bytes:
+    """The line for the login shell. `wraps`: for one that is no POSIX shell. Raises NodeFailed for a NUL, a lone surrogate, or more than 128 KiB."""
     for word in argv:
         refuse_nul(word, "an argument")
     words = [quote(word) for word in argv]
@@ -55,11 +72,18 @@ def command_line(argv: tuple[str, ...], *, folder: Path | None = None, reads_env
         f'{{ command -v {words[0]} >/dev/null && echo "omnilaunch $$" || echo "omnilaunch 0"; }} && exec {" ".join(words)}',
     )
     line = encoded("".join(parts))
+    line = wrapped(line) if wraps else line
     if len(line) > LINE_LIMIT_BYTES:
         raise NodeFailed(
             f"a command of {len(line)} bytes is too long for SSH (at most {LINE_LIMIT_BYTES}): {argv[0]!r} … Next: put the data in a file"
         )
     return line
+
+
+def wrapped(line: bytes) -> bytes:
+    """The line in octal, but for letters, digits and spaces, as an argument of a `sh` that decodes and runs it."""
+    octal = "".join(chr(byte) if chr(byte).isascii() and (chr(byte).isalnum() or chr(byte) == " ") else f"\\0{byte:03o}" for byte in line)
+    return f"""exec sh -c 'exec sh -c "$(printf %b "$1")"' sh '{octal}'""".encode("ascii")
 
 
 def environment_lines(environment: Mapping[str, str]) -> bytes:
@@ -161,8 +185,9 @@ def ended(node: str, channel: Channel, marker: Marker, output: bytes, errors: by
     """Raises NodeFailed when the login shell did not start the command: no POSIX shell, no login, or a missing folder."""
     if marker.pid is None:
         said = (marker.before + errors).decode(errors="replace").strip()[-500:]
-        raise NodeFailed(
-            f"{node}: the command did not start (exit code {channel.exit_status}); the login shell must be a POSIX shell (sh, bash, dash, zsh) "
-            f"and the folder must exist. Its output: {said or 'none'}"
+        code, why = (
+            channel.exit_status,
+            next((why for pattern, why in REFUSALS.items() if re.search(pattern, said, re.IGNORECASE)), NO_SHELL),
         )
+        raise StartFailed(f"{node}: {said!r}: {why}" if said else f"{node}: the command did not start (exit code {code}): {why}")
     return Exchange(pid=marker.pid, code=channel.exit_status, output=output, errors=errors)

@@ -13,6 +13,7 @@ from paramiko import IncompatiblePeer, SSHConfig, SSHException, Transport  # typ
 from launcher.errors import NodeFailed
 from launcher.ssh.hostkey_check import HostKeyCheck
 from launcher.ssh.known_hosts import KINDS
+from launcher.ssh.offer import find_gap, read_offer
 from launcher.ssh.ssh_config import Authentication, SshFiles
 from launcher.ssh.target import SshTarget
 
@@ -22,6 +23,8 @@ SIGNATURES = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256")}
 FIRST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 TICK_S = 1.0  # how often an idle transport thread wakes; paramiko's own 0.1 s costs 7 % of a core at 128 nodes
 LEAVE_S = 1.0
+OFFER_S = 5.0
+CERTIFICATE = "-cert-v01@openssh.com"  # ends the name of a kind of host key that an authority has signed
 
 
 def wait_banner(target: SshTarget, tunnel: Any, *, timeout_s: float) -> None:
@@ -52,7 +55,13 @@ def open_connection(target: SshTarget, files: SshFiles, tunnel: Any, *, timeout_
             "channel_timeout": timeout_s,
             "transport_factory": transport_factory(target),
             "auth_strategy": Authentication(
-                files, node=target.title, user=target.user, keys=target.keys, next_command=target.ssh_arguments
+                files,
+                node=target.title,
+                user=target.user,
+                keys=target.keys,
+                next_command=target.ssh_arguments,
+                agent=target.agent,
+                certificates=target.certificates,
             ),
         },
     )
@@ -81,12 +90,20 @@ def close_connection(connection: Connection) -> None:
 
 
 def transport_factory(target: SshTarget) -> Any:
-    """A transport that asks for the kinds of host key that are known, and for the cheapest cipher."""
+    """A transport that asks for the kinds of host key that are known, then for certificates if an authority is known, and for the cheapest
+    cipher."""
 
     def make(tunnel: Any, **options: Any) -> Transport:
         transport = Transport(tunnel, **options)
         security = transport.get_security_options()
-        kinds = [name for kind in KINDS if any(key.kind == kind for key in target.known) for name in SIGNATURES.get(kind, (kind,))]
+        plain = [
+            name
+            for kind in KINDS
+            if any(key.kind == kind for key in target.known if not key.authority)
+            for name in SIGNATURES.get(kind, (kind,))
+        ]
+        signed = any(key.authority for key in target.known)
+        kinds = [*plain, *(f"{name}{CERTIFICATE}" for kind in KINDS for name in SIGNATURES.get(kind, (kind,)) if signed)]
         security.key_types = (*kinds, *(name for name in security.key_types if name not in kinds))
         security.ciphers = (*FIRST_CIPHERS, *(name for name in security.ciphers if name not in FIRST_CIPHERS))
         return transport
@@ -99,7 +116,7 @@ def describe_failure(target: SshTarget, error: Exception, seconds: float) -> str
     port = f"port {target.port} of {target.host}"
     next_step = f"  Next: ssh -v {target.ssh_arguments} true"
     if isinstance(error, IncompatiblePeer):
-        return f"{target.title}: its sshd and this machine have no algorithm in common ({error}). Is its OpenSSH very old?\n{next_step}"
+        return describe_gap(target, error)
     if isinstance(error, TimeoutError):
         return timeout_text(target, seconds)
     text = str(error) or type(error).__name__
@@ -110,6 +127,20 @@ def describe_failure(target: SshTarget, error: Exception, seconds: float) -> str
             f"sshd, and is its sshd below its limit (MaxStartups)?\n{next_step}"
         )
     return f"{target.title}: no SSH connection: {text}\n{next_step}"
+
+
+def describe_gap(target: SshTarget, error: IncompatiblePeer) -> str:
+    """Which list has nothing in common, as the node itself says it."""
+    offer = {} if target.is_tunnelled else read_offer(target.host, target.port, timeout_s=OFFER_S)
+    gap, line = find_gap(offer)
+    if not gap:
+        return (
+            f"{target.title}: its sshd and this machine have no algorithm in common ({error})\n  Next: ssh -v {target.ssh_arguments} true"
+        )
+    return (
+        f"{target.title}: its sshd and this machine have no algorithm in common. {gap}\n"
+        f"  Next: on the node, add the line `{line}` to /etc/ssh/sshd_config, and restart sshd; or reach it through a jump host that has one"
+    )
 
 
 def describe_dial(target: SshTarget, error: OSError, seconds: float) -> str:

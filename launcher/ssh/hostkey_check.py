@@ -1,11 +1,14 @@
 """Refuses a node whose host key is unknown or has changed, with the command that accepts the key."""
 
 import shlex
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from paramiko import PKey  # type: ignore[import-untyped]
 
 from launcher.errors import NodeFailed
+from launcher.ssh.host_certificate import check_certificate
 from launcher.ssh.known_hosts import KnownKey, decoded, fingerprint, known_name
 from launcher.ssh.target import SshTarget
 
@@ -16,11 +19,16 @@ class HostKeyCheck:
     host, stays empty."""
 
     target: SshTarget
+    now: Callable[[], float] = time.time
 
     def missing_host_key(self, client: object, name: str, key: PKey) -> None:
         """Raises NodeFailed unless the key is a known one."""
+        if key.public_blob is not None:
+            if problem := check_certificate(key.public_blob.key_blob, self.target, self.now()):
+                raise NodeFailed(problem)
+            return
         kind, body = key.get_name(), key.asbytes()
-        same_kind = [known for known in self.target.known if known.kind == kind]
+        same_kind = [known for known in self.target.known if known.kind == kind and not known.authority]
         if body in [decoded(known) for known in same_kind]:
             return
         if same_kind:

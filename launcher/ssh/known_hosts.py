@@ -27,10 +27,11 @@ class KnownKey:
     body: str  # base64
     revoked: bool
     place: str  # file:line
+    authority: bool = False  # it signs the keys of hosts
 
 
 def load_known_keys(paths: Iterable[Path]) -> tuple[KnownKey, ...]:
-    """All lines of the files that exist, in order. Certificate authorities, and lines that sshd(8) does not describe, are skipped."""
+    """All lines of the files that exist, in order. Lines that sshd(8) does not describe are skipped."""
     keys: list[KnownKey] = []
     for path in paths:
         if not path.is_file():
@@ -38,7 +39,7 @@ def load_known_keys(paths: Iterable[Path]) -> tuple[KnownKey, ...]:
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             fields = line.split()
             marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
-            if len(fields) >= 3 and not fields[0].startswith("#") and marker in ("", REVOKED):
+            if len(fields) >= 3 and not fields[0].startswith("#") and marker in ("", REVOKED, AUTHORITY):
                 keys.append(known_key(fields[0], fields[1], fields[2], marker, f"{path}:{number}"))
     return tuple(keys)
 
@@ -48,7 +49,9 @@ def known_key(names: str, kind: str, body: str, marker: str, place: str) -> Know
     if names.startswith(HASHED):  # parsed once: each of 128 nodes compares each of 128 lines
         with contextlib.suppress(ValueError):  # an invalid line has no digest, and matches no name
             salt, digest = (base64.b64decode(part, validate=True) for part in names[len(HASHED) :].split("|"))
-    return KnownKey(names=names, salt=salt, digest=digest, kind=kind, body=body, revoked=marker == REVOKED, place=place)
+    return KnownKey(
+        names=names, salt=salt, digest=digest, kind=kind, body=body, revoked=marker == REVOKED, place=place, authority=marker == AUTHORITY
+    )
 
 
 def known_name(host: str, port: int) -> str:
@@ -72,7 +75,7 @@ def pattern_match(pattern: str, name: str) -> bool:
 
 
 def keys_of(name: str, known: tuple[KnownKey, ...]) -> tuple[KnownKey, ...]:
-    """The keys that `name` may have, the fastest kind first, without keys that a matching line revokes."""
+    """The keys that `name` may have, and the authorities that may sign one, the fastest kind first, without those that a matching line revokes."""
     mine = [key for key in known if names_match(key, name)]
     revoked = {key.body for key in mine if key.revoked}
     kept = [key for key in mine if key.body not in revoked and key.kind in KINDS]

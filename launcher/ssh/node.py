@@ -19,6 +19,7 @@ from launcher.ssh.channel import (
     ConnectionLost,
     Exchange,
     Marker,
+    StartFailed,
     collect,
     command_line,
     ended,
@@ -48,6 +49,10 @@ class Ssh:
     def __init__(self, node: Node, pool: ConnectionPool) -> None:
         self.host, self.pool, self.connection = node.host, pool, pool.connection_to(node)
         self.title = self.connection.target.title
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return self.connection.target.ignored
 
     def connect(self) -> None:
         self.connection.open()
@@ -139,11 +144,29 @@ class Ssh:
     def _exchange(
         self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float, folder: Path | None = None
     ) -> Exchange:
+        """The first command of a connection finds out whether the login shell is a POSIX shell: another one cannot read the line, and runs nothing
+        of it."""
+        try:
+            return self._exchange_once(argv, environment=environment, timeout_s=timeout_s, folder=folder)
+        except StartFailed as first:
+            if self.connection.wraps is not None:
+                raise
+            self.connection.wraps = True
+            try:
+                return self._exchange_once(argv, environment=environment, timeout_s=timeout_s, folder=folder)
+            except StartFailed:
+                self.connection.wraps = None
+                raise first from None
+
+    def _exchange_once(
+        self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None, timeout_s: float, folder: Path | None
+    ) -> Exchange:
         marker = Marker()
         channel = self._execute(argv, environment=environment, folder=folder, timeout_s=min(timeout_s, SESSION_TIMEOUT_S))
         with self._guard(argv, channel, marker, timeout_s):
             exchange = collect(self.title, channel, timeout_s=timeout_s, marker=marker)
         channel.close()
+        self.connection.wraps = bool(self.connection.wraps)
         return self._found(argv, exchange)
 
     def _streamed(self, argv: tuple[str, ...], channel: Channel, marker: Marker, silence_s: float) -> Iterator[bytes]:
@@ -168,7 +191,7 @@ class Ssh:
         reopens: bool = True,
     ) -> Channel:
         """A channel on which the command is started."""
-        line = command_line(argv, folder=folder, reads_environment=bool(environment))
+        line = command_line(argv, folder=folder, reads_environment=bool(environment), wraps=bool(self.connection.wraps))
         variables = environment_lines(environment or {})
         channel = self.connection.session(timeout_s, reopens=reopens)
         try:
@@ -196,7 +219,7 @@ class Ssh:
                 self._kill(marker, channel)
             channel.close()
             if isinstance(error, TimeoutError):
-                raise NodeFailed(f"{self.title}: no answer within {timeout_s:g} s: {' '.join(argv)}") from error
+                raise NodeFailed(self._late(argv, marker, timeout_s)) from error
             raise
 
     def _kill(self, marker: Marker, channel: Channel) -> None:
@@ -207,6 +230,15 @@ class Ssh:
             self.signal_group(marker.pid, signal.SIGKILL, reopens=False)
         except NodeFailed:
             self.connection.drop(channel.get_transport())
+
+    def _late(self, argv: tuple[str, ...], marker: Marker, timeout_s: float) -> str:
+        if marker.pid is not None:
+            return f"{self.title}: no answer within {timeout_s:g} s: {' '.join(argv)}"
+        said = marker.before.decode(errors="replace").strip()[-200:]
+        return (
+            f"{self.title}: no answer within {timeout_s:g} s: the login shell did not start a command: its login files (~/.bashrc, ~/.profile) take too long, or "
+            f"wait for input{f'; it printed {said!r}' if said else ''}\n  Next: time ssh {self.connection.target.ssh_arguments} true"
+        )
 
     def _lost(self, argv: tuple[str, ...]) -> NodeFailed:
         return NodeFailed(

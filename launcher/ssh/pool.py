@@ -85,6 +85,7 @@ class PooledConnection:
     def __init__(self, node: Node, pool: ConnectionPool, seen: tuple[str, ...] = ()) -> None:
         self.pool, self.seen = pool, seen
         self.target = find_target(node, pool.files)
+        self.wraps: bool | None = None  # whether the login shell is no POSIX shell; None: not known yet
         self._connection: Connection | None = None
         self._proxy: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()

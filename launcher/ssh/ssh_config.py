@@ -2,22 +2,30 @@
 
 import functools
 import glob
+import os
+import re
 import shlex
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization.ssh import SSHCertificate, load_ssh_public_identity
 from paramiko import (  # type: ignore[import-untyped]
     Agent,
     AuthenticationException,
     BadAuthenticationType,
+    ConfigParseError,
     PKey,
     SSHConfig,
     SSHException,
     Transport,
 )
+from paramiko.agent import AgentSSH  # type: ignore[import-untyped]
 
 from launcher.config.schema import Cluster
 from launcher.errors import NodeFailed
@@ -25,6 +33,10 @@ from launcher.ssh.known_hosts import KnownKey, load_known_keys
 
 KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 INCLUDE_DEPTH = 16  # as OpenSSH
+SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
+MATCH_EXEC = re.compile(r"(^|\s)!?exec\s", re.IGNORECASE)
+NEVER = "Match originalhost !*"  # in place of a Match that runs a command
+EXEC_NOT_RUN = "Match exec is ignored: the commands of an ssh config are not run, and its lines do not apply"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,7 @@ class SshSettings:
     connect_timeout_s: float
     silence_s: float
     agent: bool = True
+    system_configs: tuple[Path, ...] = ()
 
 
 def default_settings(home: Path, user: str, cluster: Cluster) -> SshSettings:
@@ -50,6 +63,7 @@ def default_settings(home: Path, user: str, cluster: Cluster) -> SshSettings:
         user=user,
         connect_timeout_s=cluster.connect_timeout_s,
         silence_s=cluster.silence_s,
+        system_configs=(SYSTEM_CONFIG,),
     )
 
 
@@ -58,8 +72,10 @@ class SshFiles:
 
     def __init__(self, settings: SshSettings) -> None:
         self.settings = settings
-        text = "\n".join(config_lines(settings.config, settings.config.parent))
-        self.config = SSHConfig.from_text(text)
+        paths = (settings.config, *settings.system_configs)  # the first value of a keyword holds, as of OpenSSH
+        lines = tuple(line for path in paths for line in (*config_lines(path, path.parent), "Host *"))
+        self.config = parse_config(lines, settings.config)
+        self.remarks = (EXEC_NOT_RUN,) if NEVER in lines else ()
         self._lock = threading.RLock()
         self._read_key = functools.cache(read_private_key)
         self._load_known = functools.cache(load_known_keys)
@@ -74,12 +90,26 @@ class SshFiles:
             return self._read_key(path)
 
 
+def parse_config(lines: Sequence[str], path: Path) -> SSHConfig:
+    """Raises NodeFailed for a line that is no keyword with a value."""
+    try:
+        return SSHConfig.from_text("\n".join(lines))
+    except (ConfigParseError, ValueError) as error:
+        raise NodeFailed(f"{path} cannot be read: {error}\n  Next: ssh -F {path} -G localhost names the line") from error
+
+
 def config_lines(path: Path, folder: Path, depth: int = 0) -> Iterator[str]:
-    """The lines of an ssh config, with Include lines replaced by the files they name (paramiko does not support Include)."""
+    """The lines of an ssh config, with Include lines replaced by the files they name (paramiko does not support Include), and without a Match that
+    would run a command. Raises NodeFailed for a line without a value."""
     if not path.is_file() or depth > INCLUDE_DEPTH:
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        keyword, _, rest = line.strip().replace("=", " ", 1).partition(" ")
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        keyword, _, rest = line.strip().replace("=", " ", 1).replace("\t", " ", 1).partition(" ")
+        if keyword and not keyword.startswith("#") and not rest.strip():
+            raise NodeFailed(f"{path} line {number}: {keyword} has no value\n  Next: give it one, or remove the line")
+        if keyword.lower() == "match" and MATCH_EXEC.search(rest):
+            yield NEVER
+            continue
         if keyword.lower() != "include":
             yield line
             continue
@@ -99,16 +129,60 @@ def read_private_key(path: Path) -> PKey | str:
         return f"cannot be read: {error}"
 
 
-class Authentication:
-    """Tries the key files, then the agent's keys, on one connection: an AuthStrategy of paramiko."""
+def open_agent(path: str) -> AgentSSH | None:
+    """The agent of a socket, or that of SSH_AUTH_SOCK for ''. None for `none`, and for a socket that does not answer."""
+    if path in ("", "SSH_AUTH_SOCK"):
+        return Agent()
+    if path.lower() == "none":
+        return None
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(os.path.expandvars(path.replace("%d", str(Path.home()))) if path[0] in "$%/" else str(Path(path).expanduser()))
+        agent = AgentSSH()
+        agent._connect(connection)  # as paramiko's own Agent does with SSH_AUTH_SOCK
+    except (OSError, SSHException):
+        connection.close()
+        return None
+    return agent
 
-    def __init__(self, files: SshFiles, *, node: str, user: str, keys: tuple[Path, ...], next_command: str) -> None:
+
+def certify(key: PKey, path: Path) -> PKey | None:
+    """A copy of the key with the certificate of a file; None if that is of another key, or cannot be read."""
+    try:
+        found = load_ssh_public_identity(path.read_bytes())
+        if not isinstance(found, SSHCertificate):
+            return None
+        if found.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1].decode() != key.get_base64():
+            return None
+        certified = copy(key)
+        certified.load_certificate(str(path))
+    except (OSError, ValueError, SSHException, UnsupportedAlgorithm):
+        return None
+    return certified
+
+
+class Authentication:
+    """Tries the key files, then the agent's keys, each with its certificate if there is one, on one connection: an AuthStrategy of paramiko. `agent`:
+    as IdentityAgent of the ssh config."""
+
+    def __init__(
+        self,
+        files: SshFiles,
+        *,
+        node: str,
+        user: str,
+        keys: tuple[Path, ...],
+        next_command: str,
+        agent: str = "",
+        certificates: tuple[Path, ...] = (),
+    ) -> None:
         self.files, self.node, self.user, self.keys, self.next_command = files, node, user, keys, next_command
+        self.agent, self.certificates = agent, certificates
 
     def authenticate(self, transport: Transport) -> list[str]:
         """The methods that the server still requires, always none. Raises NodeFailed with the keys that were tried."""
         tried: list[str] = []
-        agent = Agent() if self.files.settings.agent else None
+        agent = open_agent(self.agent) if self.files.settings.agent else None
         try:
             for name, key in self.candidates(agent):
                 if isinstance(key, str):
@@ -117,14 +191,21 @@ class Authentication:
                     return []
         finally:
             if agent is not None:
-                agent.close()
+                agent._close()  # AgentSSH has no public one
         raise self.refusal(tried)
 
     def candidates(self, agent: Agent | None) -> Iterator[tuple[str, PKey | str]]:
         for path in self.keys:
-            yield str(path), self.files.key(path)
+            yield from self.with_certificates(str(path), self.files.key(path))
         for key in agent.get_keys() if agent is not None else ():
-            yield f"agent key {key.get_name()}", key
+            yield from self.with_certificates(f"agent key {key.get_name()}", key)
+
+    def with_certificates(self, name: str, key: PKey | str) -> Iterator[tuple[str, PKey | str]]:
+        """The key with each certificate that was made for it, then the key alone, as OpenSSH tries them."""
+        for path in self.certificates if not isinstance(key, str) else ():
+            if certified := certify(key, path):
+                yield f"{name} with {path}", certified
+        yield name, key
 
     def accepts(self, transport: Transport, name: str, key: PKey, tried: list[str]) -> bool:
         try:

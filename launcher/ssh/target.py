@@ -12,8 +12,11 @@ from typing import Any
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.background import in_background
+from launcher.ssh.config_keyword import find_ignored
 from launcher.ssh.known_hosts import DEFAULT_PORT, KnownKey, keys_of, known_name
 from launcher.ssh.ssh_config import SshFiles
+
+NO_FILES = ("none", "/dev/null")  # an empty list of known hosts would refuse every node: the usual file is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,10 @@ class SshTarget:
     known: tuple[KnownKey, ...]
     known_hosts: Path  # the file that error messages advise to write to
     config: Path
+    name: str = ""  # in known_hosts and certificates, without the port
+    agent: str = ""  # the socket of its agent; '' = SSH_AUTH_SOCK, `none` = no agent
+    certificates: tuple[Path, ...] = ()
+    ignored: tuple[str, ...] = ()  # one line for each keyword of the ssh config that is not honoured
 
     @property
     def is_tunnelled(self) -> bool:
@@ -61,7 +68,7 @@ def find_target(node: Node, files: SshFiles) -> SshTarget:
     config = files.config.lookup(node.host)
     host = config.get("hostname", node.host)
     port = node.port if node.port is not None else int(config.get("port", DEFAULT_PORT))
-    own_known = tuple(Path(word).expanduser() for word in shlex.split(config.get("userknownhostsfile", "")) if word != "none")
+    own_known = tuple(Path(word).expanduser() for word in shlex.split(config.get("userknownhostsfile", "")) if word not in NO_FILES)
     known_hosts = own_known + settings.known_hosts[1:] if own_known else settings.known_hosts
     name = config.get("hostkeyalias", known_name(host, port))
     identities = tuple(Path(path).expanduser() for path in config.get("identityfile", ()))
@@ -78,6 +85,10 @@ def find_target(node: Node, files: SshFiles) -> SshTarget:
         known=keys_of(name, files.known(known_hosts)),
         known_hosts=known_hosts[0],
         config=settings.config,
+        name=config.get("hostkeyalias", host),
+        agent=config.get("identityagent", ""),
+        certificates=(Path(certificate).expanduser(),) if (certificate := config.get("certificatefile", "none")) not in NO_FILES else (),
+        ignored=(*find_ignored(config), *files.remarks),
     )
 
 

@@ -57,6 +57,11 @@ class Transport(Protocol):
 
     host: str
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of how the machine is reached: keywords of the ssh config that are ignored."""
+        ...
+
     def run(
         self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None
     ) -> Result: ...
@@ -80,6 +85,8 @@ def python_path(environ: Mapping[str, str]) -> dict[str, str]:
 
 class Local:
     """This machine."""
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, environ: Mapping[str, str], host: str = "localhost") -> None:
         self.host = host

@@ -118,6 +118,8 @@ class FakeNode:
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, ...]] = []
 
+    remarks: tuple[str, ...] = ()
+
     def run(self, argv: tuple[str, ...], **_: Any) -> Result:
         self.asked.append(argv)
         if argv[0] == "date":
@@ -159,7 +161,8 @@ DATA = (*CPU, "data=files", "data.train=/d/train.json", "data.evaluation=/d/eval
 SHARED = (*CPU, "cluster.shared=true")
 PULL = (*CPU, "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example/x")
 CONTENTS: dict[str, str | Said] = {"content0": "file\naa  -\n", "content1": "file\nbb  -\n", "content2": "folder\ncc  -\n"}
-DEVICE_ANSWERS: dict[str, dict[str, str]] = {"ascend910b": ascend(), "p4": p4(), "cpu": {}}
+H200 = p4() | {"devices": (GOLDEN / "nvidia-h200.csv").read_text()}
+DEVICE_ANSWERS: dict[str, dict[str, str]] = {"ascend910b": ascend(), "p4": p4(), "h200": H200, "cpu": {}}
 
 
 def healthy_nodes(
@@ -177,8 +180,7 @@ def healthy_nodes(
 
 def examined(plan: Plan, ways: list[FakeNode] | list[FakeNode | NodeFailed], *, launching: bool = False) -> Examination:
     cluster = plan.config.cluster
-    stack = STACKS[plan.config.hardware.stack]
-    return examine(plan, stack, cluster.nodes, ways, now=lambda: NOW_S, token="t1", launching=launching)  # type: ignore[arg-type]
+    return examine(plan, STACKS, cluster.nodes, ways, now=lambda: NOW_S, token="t1", launching=launching)  # type: ignore[arg-type]
 
 
 def found(examination: Examination, name: str, host: str) -> Finding:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.doctor.smi import NPU_QUERY, NVIDIA_QUERY, TOOL_FOLDERS
+from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, TOOL_FOLDERS
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.ssh.transport import Local
@@ -153,7 +153,7 @@ def test_a_trial_start_asks_for_the_same_devices(plan_for: PlanFor) -> None:
             assert after(trial, option) == after(plan.commands[0].start, option)
 
 
-@pytest.mark.parametrize(("name", "query"), [("npu-smi", NPU_QUERY), ("nvidia-smi", NVIDIA_QUERY)])
+@pytest.mark.parametrize(("name", "query"), [("npu-smi", NPU_QUERY), ("nvidia-smi", NVIDIA_APPS_QUERY)])
 def test_a_tool_outside_the_path_of_the_login_is_found(tmp_path: Path, name: str, query: tuple[str, ...]) -> None:
     assert {"/usr/local/sbin", "/usr/local/bin", "/usr/bin", "/usr/lib/wsl/lib"} <= set(TOOL_FOLDERS.split(":"))
     tool = tmp_path / name

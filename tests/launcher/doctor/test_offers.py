@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config.defaults import keys_of, without_keys
 from launcher.doctor.findings import Finding
-from tests.launcher.doctor.test_doctor import FAULTS, FIVE, Fault, npu_table
+from tests.launcher.doctor.fault_table import FAULTS, FIVE, Fault, npu_table
 from tests.launcher.fake_nodes import CPU, HOSTS, NO_DOCKER, NPU, PlanFor, Said, ascend, examined, found, healthy_nodes, room, tcp
 
 

@@ -162,9 +162,9 @@ def test_devices_and_driver() -> None:
 
 
 NO_DEVICES: dict[str, tuple[Said, str]] = {
-    "missing": ((127, "", "timeout: failed to run command 'nvidia-smi': No such file or directory"), "No such file"),
-    "broken": ((9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", ""), "couldn't communicate"),
-    "hangs": ((124, "", ""), "no answer in time"),
+    "missing": ((127, "", "timeout: failed to run command 'nvidia-smi': No such file or directory"), "not installed"),
+    "broken": ((9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", ""), "kernel module is not loaded"),
+    "hangs": ((124, "", ""), "did not end in time"),
     "unreadable": ((0, "0, something else\n", ""), "something else"),
 }
 
@@ -173,7 +173,7 @@ NO_DEVICES: dict[str, tuple[Said, str]] = {
 def test_why_there_are_no_devices(case: str) -> None:
     said, why = NO_DEVICES[case]
     facts = ask(FakeNode("a", healthy() | p4() | {"devices": said}), NodeQuery(accelerator="cuda", root="/r"))
-    assert facts.devices == () and why in facts.devices_error
+    assert facts.devices == () and [why in fault.described for fault in facts.device_faults] == [True]
 
 
 def test_docker_that_may_not_be_used() -> None:

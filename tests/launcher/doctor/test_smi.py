@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.doctor.smi import SmiDevice, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.doctor.smi import SmiDevice, UnreadableTable, nvidia_remarks, read_npu, read_npu_driver, read_nvidia
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "smi"
 
@@ -100,18 +100,17 @@ def test_nvidia_processes_are_on_their_device() -> None:
 def test_nvidia_that_is_ill() -> None:
     lost = "0, NVIDIA H200, GPU-1, [Unknown Error], [Unknown Error], 580.1, 9.0, [GPU requires reset]\n"
     assert read_nvidia(lost)[0].health == "Unknown Error" and read_nvidia(lost)[0].memory_total_gib is None
-    assert read_nvidia("No devices were found\n") == ()
 
 
-NO_NVIDIA_LINE = (
-    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
-    recorded("nvidia-p4.csv") + "Unable to determine the device handle for GPU 0000:02:00.0: GPU is lost.\n",
-    "",
-)
+def test_a_line_that_is_no_row_is_a_remark() -> None:
+    lost = "Unable to determine the device handle for GPU 0000:02:00.0: GPU is lost."
+    text = recorded("nvidia-p4.csv") + lost + "\n"
+    assert [device.name for device in read_nvidia(text)] == ["Tesla P4"] and nvidia_remarks(text) == (lost,)
+    for text in ("No devices were found\n", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", ""):
+        assert read_nvidia(text) == () and nvidia_remarks(text) == tuple(text.splitlines())
 
 
-@pytest.mark.parametrize("text", NO_NVIDIA_LINE)
-def test_an_unreadable_nvidia_line_is_refused(text: str) -> None:
-    with pytest.raises(UnreadableTable) as caught:
-        read_nvidia(text)
-    assert repr(text.strip().splitlines()[-1] if text else text) in str(caught.value)
+def test_a_driver_that_knows_fewer_fields_names_those_it_was_asked_for() -> None:
+    text = "fields: index,name,uuid,memory.total,memory.used,driver_version,utilization.gpu\n0, Tesla P4, GPU-a, 7611, 0, 470.57.02, 0\n"
+    (device,) = read_nvidia(text)
+    assert (device.name, device.driver, device.mig, device.fabric) == ("Tesla P4", "470.57.02", False, "")

@@ -155,7 +155,7 @@ def test_codes_outputs_folder_and_missing_program(transport: Transport, tmp_path
         NodeFailed, match=r"'no-such-program' was not found on (root@127\.0\.0\.1:\d+|this machine), needed for: no-such-program x"
     ):
         transport.run(("no-such-program", "x"))
-    with pytest.raises(NodeFailed, match=r"(did not start(.|\n)*no/such/folder|/no/such/folder.* was not found)"):
+    with pytest.raises(NodeFailed, match=r"(no/such/folder(.|\n)*the folder does not exist there|/no/such/folder.* was not found)"):
         transport.run(("true",), folder=Path("/no/such/folder"))
 
 
