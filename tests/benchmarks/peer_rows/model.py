@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def spec_of(name: str, folder: Path) -> ModelSpec:
     known = MODELS[name]
     model = read_model(CONF / f"{known.conf}.yaml")
     template: Template = model.template if known.system is None else replace(model.template, system=known.system)
-    return replace(model, template=template, source=Source(kind="path", path=str(folder)))
+    own = {"chat_template": "auto"} if "chat_template" in {each.name for each in fields(ModelSpec)} else {}  # that of the folder
+    return replace(model, template=template, source=Source(kind="path", path=str(folder)), **own)  # type: ignore[arg-type]
 
 
 def find_mark(name: str, model: ModelSpec) -> str:
