@@ -40,10 +40,10 @@ DEMO_SETS = {
     "dpo_en_demo": DemoSet(file="dpo_en_demo.json", most=3),
     "dpo_zh_demo": DemoSet(file="dpo_zh_demo.json", most=3),
     "kto_en_demo": DemoSet(file="kto_en_demo.json", most=4),
-    "v1_sft_demo": DemoSet(file="v1_sft_demo.jsonl", **V1),  # type: ignore[arg-type]
-    "v1_multimodal_demo": DemoSet(file="v1_multimodal_demo.jsonl", most=6, **V1),  # type: ignore[arg-type]
-    "v1_dpo_demo": DemoSet(file="v1_dpo_demo.jsonl", most=3, **V1),  # type: ignore[arg-type]
-    "reason_tool_use_demo": DemoSet(file="reason_tool_use_demo_50.jsonl", most=4, **V1),  # type: ignore[arg-type]
+    "v1_sft_demo": DemoSet(file="v1_sft_demo.jsonl", **V1),
+    "v1_multimodal_demo": DemoSet(file="v1_multimodal_demo.jsonl", most=6, **V1),
+    "v1_dpo_demo": DemoSet(file="v1_dpo_demo.jsonl", most=3, **V1),
+    "reason_tool_use_demo": DemoSet(file="reason_tool_use_demo_50.jsonl", most=4, **V1),
 }
 
 

@@ -55,7 +55,7 @@ def spec_of(name: str, folder: Path) -> ModelSpec:
     model = read_model(CONF / f"{known.conf}.yaml")
     template: Template = model.template if known.system is None else replace(model.template, system=known.system)
     own = {"chat_template": "auto"} if "chat_template" in {each.name for each in fields(ModelSpec)} else {}  # that of the folder
-    return replace(model, template=template, source=Source(kind="path", path=str(folder)), **own)  # type: ignore[arg-type]
+    return replace(model, template=template, source=Source(kind="path", path=str(folder)), **own)
 
 
 def find_mark(name: str, model: ModelSpec) -> str:

@@ -19,7 +19,7 @@ class Peer:
     environment: str
     script: str
     more: tuple[str, ...] = ()
-    of_set: Mapping[str, str] = ()  # type: ignore[assignment]
+    of_set: Mapping[str, str] = ()
 
     def command(self, peers: Path, model: Path, each: PeerSet) -> tuple[tuple[str, ...], dict[str, str]]:
         """The argv, and its environment: nothing of ours, and no network."""

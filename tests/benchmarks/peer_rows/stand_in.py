@@ -29,7 +29,7 @@ def add_modules(*names: str) -> None:
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         module.__path__ = []
-        module.__getattr__ = anything  # type: ignore[method-assign]
+        module.__getattr__ = anything
         sys.modules[name] = module
 
 

@@ -94,7 +94,8 @@ def write_files(entry: dict[str, Any], folder: Path) -> Path:
         ImageDraw.Draw(picture).ellipse((8, 8, 24, 24), fill=(90, 90, 90))
         picture.save(folder / name)
     for name, content in entry["files"].items():
-        (folder / name).write_text(as_text(name, content), encoding="utf-8")
+        encoding = content.get("encoding", "utf-8") if isinstance(content, dict) else "utf-8"
+        (folder / name).write_bytes(as_text(name, content).encode(encoding))
     return folder / next(iter(entry["files"]))
 
 
