@@ -51,7 +51,7 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize("entry", parameters())
 def test_rows_of_users(entry: dict[str, Any], model: Path, tmp_path: Path) -> None:
     train = write_files(entry, tmp_path)
-    spec = make_spec("qwen", model, tmp_path, train.name)
+    spec = make_spec("qwen", model, tmp_path, str(train.relative_to(tmp_path)))
     spec = replace(spec, data=replace(spec.data, **entry.get("data", {})))
     report, problems, _ = examine_data(spec, lambda _: None)
     samples, _ = read_samples(train, tmp_path / spec.data.images)
@@ -94,6 +94,7 @@ def write_files(entry: dict[str, Any], folder: Path) -> Path:
         ImageDraw.Draw(picture).ellipse((8, 8, 24, 24), fill=(90, 90, 90))
         picture.save(folder / name)
     for name, content in entry["files"].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         encoding = content.get("encoding", "utf-8") if isinstance(content, dict) else "utf-8"
         (folder / name).write_bytes(as_text(name, content).encode(encoding))
     return folder / next(iter(entry["files"]))
