@@ -126,7 +126,7 @@ def change_json(file: Path, **values: Any) -> None:
 
 MODELS = {
     "qwen": PeerModel(conf="tiny_qwen2_5_vl", jinja="qwen_tools.jinja", change=allow_large_images),
-    "qwen3": PeerModel(conf="tiny_qwen2_5_vl", system=""),
+    "qwen3": PeerModel(conf="tiny_qwen2_5_vl", system="", jinja="qwen3_nothink.jinja"),
     "qwen_ids": PeerModel(conf="tiny_qwen2_5_vl", change=give_qwen_ids),
     "vicuna": PeerModel(conf="tiny_llava", system=VICUNA_SYSTEM, change=write_llama_tokenizer),
     "minicpm": PeerModel(conf="tiny_minicpm_v_2_6", change=add_assistant),
