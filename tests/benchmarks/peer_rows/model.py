@@ -75,7 +75,10 @@ def give_qwen_ids(folder: Path) -> None:
 
 def allow_large_images(folder: Path) -> None:
     """As the published processor, so that no image of the golden rows is scaled: peers round its sides otherwise than the tiny one does."""
-    change_json(folder / "preprocessor_config.json", size={"shortest_edge": 256, "longest_edge": 12845056})
+    size = {"shortest_edge": 256, "longest_edge": 12845056}
+    change_json(folder / "preprocessor_config.json", size=size)
+    file = folder / "processor_config.json"
+    change_json(file, image_processor={**json.loads(file.read_text(encoding="utf-8"))["image_processor"], "size": size})
 
 
 def add_assistant(folder: Path) -> None:
