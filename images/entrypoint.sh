@@ -29,4 +29,13 @@ if [ -n "$ASCEND_PROCESS_LOG_PATH" ] && ! mkdir -p "$ASCEND_PROCESS_LOG_PATH"; t
   echo "entrypoint.sh: CANN's log goes to $HOME/ascend/log, since uid $(id -u) cannot create $ASCEND_PROCESS_LOG_PATH" >&2
   unset ASCEND_PROCESS_LOG_PATH
 fi
+# CANN's compiler writes kernel_meta and fusion_result.json to the working folder, which the run's user must be able to write; the image's own is
+# not. The trainer is found by its path then.
+if [ -n "$ASCEND_PROCESS_LOG_PATH" ] && mkdir -p "$ASCEND_PROCESS_LOG_PATH/work"; then
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  cd "$ASCEND_PROCESS_LOG_PATH/work" || exit 4
+elif [ -f "$toolkit" ]; then
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  cd /tmp || exit 4
+fi
 exec "$@"

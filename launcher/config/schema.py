@@ -265,7 +265,9 @@ class Data:
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """`host`: for SSH; `address`: for the other nodes. `port` and `user` default to ~/.ssh/config for the host, and then to 22 and the user of
-    the launcher. `devices`: indices of the devices to use, as in nvidia-smi or /dev/davinciN, in any order; empty = the first ones."""
+    the launcher. `devices`: indices of the devices to use, as in nvidia-smi or /dev/davinciN, in any order; empty = the first ones.
+    `groups`: gids that the container's user gets as well; empty = those that own the device files of the node.
+    `rdma`: the container gets /dev/infiniband; the launch sets it for CUDA on several nodes where a port is active."""
 
     host: str
     user: str = ""
@@ -276,6 +278,8 @@ class Node:
     jump: str = ""
     spare: bool = False
     devices: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    rdma: bool = False
 
     @property
     def reachable_at(self) -> str:

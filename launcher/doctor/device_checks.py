@@ -1,6 +1,6 @@
 """Checks of a node's accelerators and their driver: present, of the right kind, healthy, idle, usable in a container. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from launcher.doctor.findings import CheckedNode, CheckResult, failed, passed, unchecked, warned
 from launcher.doctor.host_checks import NO_ENGINE, version_numbers
@@ -183,24 +183,37 @@ def check_device_files(checked: CheckedNode) -> CheckResult:
 def check_device_access(checked: CheckedNode) -> CheckResult:
     """A container sees the device files with the owner and permissions of the host, and its user is not root."""
     uid, gid = map(int, checked.plan.container_user.split(":"))
-    modes = {name: checked.facts.modes[name] for name in ascend_device_files(wanted_numbers(checked)) if name in checked.facts.modes}
-    closed = [(name, mode) for name, mode in modes.items() if not may_use(mode, uid, gid)]
+    modes = modes_of(checked)
+    groups = {gid, *(checked.node.groups or device_groups(checked))}
+    closed = [(name, mode) for name, mode in modes.items() if not may_use(mode, uid, groups)]
     if not checked.facts.modes:
         return unchecked("the node does not report the owners of the device files")
     if not closed:
-        return passed(f"user {uid}:{gid} of the container may use the device files")
-    groups = sorted({mode.gid for _, mode in closed if mode.bits & GROUP_READ_WRITE == GROUP_READ_WRITE})
-    opening = [gid for gid in groups if all(may_use(mode, uid, gid) for mode in modes.values())]
+        added = f", in group {', '.join(map(str, sorted(groups - {gid})))} of the node" if groups - {gid} else ""
+        return passed(f"user {uid}:{gid} of the container{added} may use the device files")
     fix = "install the driver with --install-for-all, which opens the device files to every user"
-    if opening and (user := offer(checked, {"cluster.user": f"{uid}:{opening[0]}"})):
-        fix = f"{user} runs as the group of the device files; or {fix}"
     text = list_some([f"{name} ({mode.bits:o}, owner {mode.uid}:{mode.gid})" for name, mode in closed], 3)
     return failed(f"user {uid}:{gid} of the container may not use {text}", fix)
 
 
-def may_use(mode: FileMode, uid: int, gid: int) -> bool:
+def modes_of(checked: CheckedNode) -> dict[str, FileMode]:
+    """Of the device files that the run's container gets."""
+    return {name: checked.facts.modes[name] for name in ascend_device_files(wanted_numbers(checked)) if name in checked.facts.modes}
+
+
+def device_groups(checked: CheckedNode) -> tuple[int, ...]:
+    """The groups that own device files which the container's user may not use otherwise. Not root's: a process of that group could read much
+    that is not a device."""
+    if not checked.plan.container_user:
+        return ()
+    uid, gid = map(int, checked.plan.container_user.split(":"))
+    closed = (mode for mode in modes_of(checked).values() if not may_use(mode, uid, {gid}))
+    return tuple(sorted({mode.gid for mode in closed if mode.bits & GROUP_READ_WRITE == GROUP_READ_WRITE and mode.gid}))
+
+
+def may_use(mode: FileMode, uid: int, groups: Collection[int]) -> bool:
     """Read and write, as the kernel decides: the first of owner, group and others that applies; root always."""
-    shift = 6 if uid == mode.uid else 3 if gid == mode.gid else 0
+    shift = 6 if uid == mode.uid else 3 if mode.gid in groups else 0
     return uid == 0 or (mode.bits >> shift) & 0o6 == 0o6
 
 

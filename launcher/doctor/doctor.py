@@ -5,12 +5,12 @@ Each finding has a name, the evidence, and the command or override that fixes th
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
-from launcher.doctor import cross_node_checks, device_checks, free_memory, gpu_checks, host_checks, live_checks
+from launcher.doctor import cross_node_checks, device_checks, engine_checks, free_memory, gpu_checks, host_checks, live_checks, rdma_checks
 from launcher.doctor.findings import (
     EVERY_NODE,
     REACH,
@@ -86,6 +86,11 @@ NODE_CHECKS: dict[str, Check] = {
     "docker_version": Check(run=host_checks.check_docker_version, needs=("docker",)),
     "docker_storage": Check(run=host_checks.check_docker_storage, needs=("docker",), launch=False),
     "docker_room": Check(run=host_checks.check_docker_room, needs=("docker",)),
+    "rootless": Check(run=engine_checks.check_rootless, needs=("docker",)),
+    "user_namespace": Check(run=engine_checks.check_user_namespace, needs=("docker",)),
+    "snap": Check(run=engine_checks.check_snap, needs=("docker",)),
+    "docker_disk": Check(run=engine_checks.check_docker_disk, needs=("docker",), launch=False),
+    "docker_proxy": Check(run=engine_checks.check_docker_proxy, needs=("docker",)),
     "toolkit": Check(run=host_checks.check_toolkit, needs=("docker", "cuda")),
     "image": Check(run=host_checks.check_image, needs=("docker",)),
     "rendezvous_port": Check(run=host_checks.check_rendezvous_port, needs=("several",)),
@@ -102,6 +107,7 @@ NODE_CHECKS: dict[str, Check] = {
     "compute_mode": Check(run=gpu_checks.check_compute_mode, needs=("cuda",)),
     "memory_repair": Check(run=gpu_checks.check_memory_repair, needs=("cuda",)),
     "fabric": Check(run=gpu_checks.check_fabric, needs=("cuda",)),
+    "rdma": Check(run=rdma_checks.check_rdma, needs=("cuda", "several")),
     "driver": Check(run=device_checks.check_driver, needs=("driver",)),
     "device_files": Check(run=device_checks.check_device_files, needs=("device",)),
     "device_access": Check(run=device_checks.check_device_access, needs=("npu", "docker")),
@@ -114,6 +120,7 @@ CROSS_NODE_CHECKS: dict[str, CrossNodeCheck] = {
     "same_chips": CrossNodeCheck(run=cross_node_checks.check_same_chips, needs=("device",)),
     "same_count": CrossNodeCheck(run=cross_node_checks.check_same_count, needs=("device",)),
     "same_driver": CrossNodeCheck(run=cross_node_checks.check_same_driver, needs=("driver",), launch=False),
+    "same_rdma": CrossNodeCheck(run=rdma_checks.check_same_rdma, needs=("cuda",)),
     "clocks": CrossNodeCheck(run=cross_node_checks.check_clocks),
     "network": CrossNodeCheck(run=cross_node_checks.check_network),
     "same_mtu": CrossNodeCheck(run=cross_node_checks.check_same_mtu, launch=False),
@@ -125,12 +132,15 @@ LIVE_CHECKS: dict[str, tuple[Need, ...]] = {"container": ("docker",), "connectio
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some did
-    not answer or share no network; `free_memory`: the least of all of them, None where a node does not print sizes."""
+    """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some did not
+    answer or share no network; `groups` by host: of the container's user, so that it may open the devices; `rdma`: hosts whose container gets
+    /dev/infiniband; `free_memory`: the least of all of them, None where a node does not print sizes."""
 
     findings: tuple[Finding, ...]
     facts: dict[str, NodeFacts]
     choices: tuple[NetworkChoice, ...]
+    groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    rdma: frozenset[str] = frozenset()
     free_memory: FreeMemory | None = None
 
 
@@ -170,6 +180,8 @@ def examine(
         findings=tuple(findings),
         facts={host: node.facts for host, node in checked.items()},
         choices=choices,
+        rdma=frozenset(host for host, node in checked.items() if rdma_checks.uses_rdma(node)),
+        groups={host: found for host, node in checked.items() if (found := device_checks.device_groups(node))},
         free_memory=free_memory.least_free(checked.values()),
     )
 

@@ -18,7 +18,8 @@ from trainer.contract.wording import plural
 
 POSIX_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "busybox")
 OLDEST_KERNEL = (5, 5)  # accelerate, utils/other.py check_os_kernel: below it, ranks were seen to hang
-OLDEST_ENGINE = (20, 10)  # the oldest that was tested; the images are written for its BuildKit
+# The first whose seccomp profile knows clone3, by which the C library of the images starts threads (docker-library/python issue 835).
+OLDEST_ENGINE = (20, 10, 10)
 LAYERED_STORAGE = ("overlay2", "overlayfs", "fuse-overlayfs", "btrfs", "zfs")  # vfs copies the whole image for every container
 FULL_GIB = 2.0
 FEW_INODES = 20_000
@@ -199,7 +200,8 @@ def check_docker_version(checked: CheckedNode) -> CheckResult:
         return unchecked(NO_ENGINE)
     if version_numbers(engine) >= OLDEST_ENGINE:
         return passed(f"engine {engine}")
-    return failed(f"engine {engine} is older than {write_version(OLDEST_ENGINE)}", "update it: docs.docker.com/engine/install")
+    text = f"engine {engine} is older than {write_version(OLDEST_ENGINE)}: programs of the image can start no thread in it"
+    return failed(text, "update it: docs.docker.com/engine/install")
 
 
 def check_docker_storage(checked: CheckedNode) -> CheckResult:

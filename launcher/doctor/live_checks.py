@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+from launcher.doctor.device_checks import device_groups
 from launcher.doctor.findings import EVERY_NODE, CheckedNode, CheckResult, failed, passed, unchecked
 from launcher.doctor.host_checks import root_of
 from launcher.doctor.network import NetworkChoice
@@ -46,6 +47,18 @@ START_FIXES = (
     ("rlimit", "raise the engine's own limit (default-ulimits in /etc/docker/daemon.json), or remove it from cluster.ulimits"),
     ("operation not permitted", "remove from cluster.ulimits what the engine may not grant"),
     ("permission denied", "SELinux or a network file system refuses the user of the container: cluster.user=UID:GID of one who may write"),
+    (
+        "thread cannot be started",
+        "update the engine to 20.10.10 or newer, or raise its limit of processes (default-ulimits in /etc/docker/daemon.json)",
+    ),
+    (
+        "torch cannot be imported",
+        "the image does not fit this machine, or its toolkit lacks a library: omnilaunch image build again; the line has the name",
+    ),
+    (
+        "cannot be opened by uid",
+        "cluster.nodes.N.groups=[GID] of the device's group (ls -ln /dev/davinci0), or the driver with --install-for-all",
+    ),
     ("no space left on device", "free disk space where docker keeps its data: docker system df"),
     ("invalid argument", "write cluster.shm_size as docker takes it, for example 16g"),
 )
@@ -85,8 +98,8 @@ def run_container(node: AnsweredNode, options: ContainerOptions, command: tuple[
 
 
 def try_start(nodes: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
-    """A container with the options of the run's own writes a file where the run writes. In place of the run's folders, which a launch makes,
-    it has a folder of its own below cluster.root."""
+    """A container with the options of the run's own, its entrypoint and its Python, writes a file where the run writes, starts a thread, opens the
+    devices and imports torch. In place of the run's folders, which a launch makes, it has a folder of its own below cluster.root."""
 
     def start(node: AnsweredNode) -> CheckResult:
         space = node.checked.facts.root
@@ -110,12 +123,12 @@ def start_in(node: AnsweredNode, folder: str, token: str) -> CheckResult:
     options, left_out = trial_options(node.checked, folder, token)
     node.transport.put(env_lines(node.checked.command.environment).encode(), options.env_file)
     writes = tuple(f"{mount.path}/{TRIAL_FILE}" for mount in options.mounts if not mount.read_only)
-    done = run_container(node, options, writes)
+    done = run_container(node, options, ("python", "-c", read_script("trial.py"), *writes))
     if done.code:
         message = last_line(done)
         hint = "docker run with the options that `omnilaunch plan` prints; journalctl -u docker has the engine's log"
         return failed(message, next((fix for sign, fix in START_FIXES if sign in message.lower()), hint))
-    text = "a container starts with the run's image, user, devices, mounts, limits and variables, and may write where the run writes"
+    text = "a container starts with the run's image, user, devices, mounts, limits and variables, imports torch, and may write where the run writes"
     return passed(f"{text}; not tried, since launch copies it first (cluster.sync): {', '.join(left_out)}" if left_out else text)
 
 
@@ -131,7 +144,8 @@ def trial_options(checked: CheckedNode, folder: str, token: str) -> tuple[Contai
     )
     mounts = tuple(mount if mount.read_only else replace(mount, source=folder) for mount in options.mounts if mount.path not in left_out)
     name, labels = f"omnilaunch-doctor-{token}-start", {DOCTOR_LABEL: token}
-    return replace(options, name=name, labels=labels, mounts=mounts, env_file=f"{folder}/env", entrypoint="touch"), left_out
+    groups = options.groups or device_groups(checked)
+    return replace(options, name=name, labels=labels, mounts=mounts, groups=groups, env_file=f"{folder}/env"), left_out
 
 
 # ------------------------------------------------------------------------------------------------------------ connections

@@ -30,7 +30,8 @@ class Clock:
 @dataclass(frozen=True, kw_only=True)
 class Docker:
     """Versions of `client` and `engine`. `engine` is '' when it does not respond; `error` then has the reason. `space`: where it keeps
-    images. `toolkit`: NVIDIA's container toolkit is installed."""
+    images, on a `file_system` of that type. `toolkit`: NVIDIA's container toolkit is installed. `rootless`: it runs as a user. `remapped`: users
+    of containers are others on the host. `proxy`: by which it pulls."""
 
     client: str
     engine: str
@@ -39,6 +40,10 @@ class Docker:
     storage_driver: str = ""
     space: DiskSpace | None = None
     toolkit: bool = False
+    file_system: str = ""
+    rootless: bool = False
+    remapped: bool = False
+    proxy: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,16 @@ class FileMode:
     bits: int
     uid: int
     gid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RdmaPort:
+    """`state`: ACTIVE where it can be used; `kind`: InfiniBand or Ethernet."""
+
+    device: str
+    number: str
+    state: str
+    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +116,5 @@ class NodeFacts:
     contents: dict[str, PathDigest]
     modes: dict[str, FileMode] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # of how the node is reached
+    rdma_ports: tuple[RdmaPort, ...] = ()
+    rdma_files: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.config.schema import Accelerator
 from launcher.doctor.network import Interface, IpRoute, NetworkView
-from launcher.doctor.node_facts import GIB, Clock, Container, DiskSpace, Docker, FileMode, NodeFacts, PathDigest
+from launcher.doctor.node_facts import GIB, Clock, Container, DiskSpace, Docker, FileMode, NodeFacts, PathDigest, RdmaPort
 from launcher.doctor.smi import SmiDevice, UnreadableTable, nvidia_remarks, read_npu, read_npu_driver, read_nvidia
 from launcher.doctor.smi_fault import SHOWN, SmiFault, find_faults
 from launcher.errors import ImageFailed
@@ -87,7 +87,6 @@ def read_facts(
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB$", said("memory").good, re.MULTILINE))
     devices, faults = read_devices(accelerator, said("devices"), said("apps"))
     shell, _, connection = said("shell").good.partition("\n")
-    low, high, reserved = read_ephemeral(said("ephemeral").good)
     return NodeFacts(
         host=host,
         machine=said("machine").good.strip(),
@@ -106,13 +105,13 @@ def read_facts(
         containers=tuple(read_containers(said("containers").good)),
         image_id=read_image_id(said("image").good),
         ports=read_ports(said("tcp").output),
-        ephemeral_ports=(low, high),
-        reserved_ports=reserved,
+        **read_ephemeral(said("ephemeral").good),
         network=read_network(connection, said("addresses").good, said("routes").good, said("links").output),
         devices=devices,
         device_faults=faults,
         driver=read_driver(accelerator, devices, said("driver").good, said("devices").output),
         files=tuple(line for line in said("files").output.splitlines() if line.startswith("/")),
+        **read_rdma(said("rdma").good),
         modes=dict(read_modes(said("modes").output)),
         contents={path: read_digest(said(f"{PATH_QUESTION}{index}")) for index, path in enumerate(contents)},
     )
@@ -153,6 +152,7 @@ def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:
         facts = {}
     engine = str(facts.get("ServerVersion") or "")
     error = " ".join(facts.get("ServerErrors") or ()) or said.failure
+    security = {str(option).partition(",")[0] for option in facts.get("SecurityOptions") or ()}
     if "host" in facts and not engine:  # the output of podman's `info`
         error = PODMAN
     return Docker(
@@ -163,6 +163,10 @@ def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:
         storage_driver=str(facts.get("Driver") or ""),
         space=read_disk_space(str(facts.get("DockerRootDir") or ""), answers["docker_room"].good),
         toolkit=bool(answers["toolkit"].output.strip()),
+        file_system=answers.get("docker_disk", NOT_ASKED).good.strip(),
+        rootless="name=rootless" in security,
+        remapped="name=userns" in security,
+        proxy=str(facts.get("HttpsProxy") or facts.get("HttpProxy") or ""),
     )
 
 
@@ -210,6 +214,16 @@ def read_modes(text: str) -> Iterator[tuple[str, FileMode]]:
         yield name, FileMode(bits=int(bits, 8), uid=int(uid), gid=int(gid))
 
 
+def read_rdma(text: str) -> dict[str, Any]:
+    """`rdma_ports` and `rdma_files` from the output of rdma.sh. A kernel without link layers has InfiniBand alone."""
+    rows = [(line.split(), line) for line in text.splitlines()]
+    ports = (row for row, _ in rows if len(row) >= 4 and row[0] == "port")
+    return {
+        "rdma_ports": tuple(RdmaPort(device=row[1], number=row[2], state=row[3], kind="".join(row[4:5]) or "InfiniBand") for row in ports),
+        "rdma_files": tuple(line.removeprefix("file ") for _, line in rows if line.startswith("file /")),
+    }
+
+
 def read_driver(accelerator: Accelerator, devices: tuple[SmiDevice, ...], version_info: str, banner: str) -> str:
     """NVIDIA: from nvidia-smi. Ascend: from version.info (`Version=`), else from the banner of npu-smi."""
     if accelerator == "npu":
@@ -227,13 +241,15 @@ def read_ports(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(row[1].rpartition(":")[2], 16) for row in rows if len(row) > 3 and row[3] == LISTENING}))
 
 
-def read_ephemeral(text: str) -> tuple[int, int, tuple[tuple[int, int], ...]]:
-    """The range of ephemeral ports, and the reserved ranges that the kernel leaves out of it. (0, 0) when it could not be read."""
+def read_ephemeral(text: str) -> dict[str, Any]:
+    """`ephemeral_ports`, (0, 0) when it could not be read, and `reserved_ports`, the ranges that the kernel leaves out of it."""
     first, _, second = text.partition("\n")
     bounds = [int(word) for word in first.split() if word.isdigit()]
     spans = [span.split("-") for span in second.strip().split(",") if span]
-    reserved = tuple((int(span[0]), int(span[-1])) for span in spans if span[0].isdigit())
-    return (*((bounds[0], bounds[1]) if len(bounds) == 2 else (0, 0)), reserved)
+    return {
+        "ephemeral_ports": (bounds[0], bounds[1]) if len(bounds) == 2 else (0, 0),
+        "reserved_ports": tuple((int(span[0]), int(span[-1])) for span in spans if span[0].isdigit()),
+    }
 
 
 def read_network(connection: str, addresses: str, routes: str, links: str) -> NetworkView:

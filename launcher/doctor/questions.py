@@ -26,6 +26,7 @@ HASH_TIMEOUT_S = 120
 CLOCK = ("date", "+%s.%N")
 ASCEND_DRIVER_FILE = "/usr/local/Ascend/driver/version.info"
 DOCKER_SPACE = 'd=$(docker info --format "{{.DockerRootDir}}") && df -Pk "$d"'
+DOCKER_FILE_SYSTEM = 'd=$(docker info --format "{{.DockerRootDir}}") && stat -f -c %T "$d"'
 CONTAINER_FORMAT = f'{{{{.Names}}}}\t{{{{.State}}}}\t{{{{.Label "{RUN_LABEL}"}}}}'
 ASCEND_FILES = (*ASCEND_MANAGERS, *ASCEND_MOUNTS, *ASCEND_NETWORK_MOUNTS, OTHER_NPU_SMI)
 
@@ -50,12 +51,13 @@ DOCKER_QUESTIONS: dict[str, tuple[str, ...]] = {
     "docker": ("docker", "info", "--format", "{{json .}}"),
     "docker_client": ("docker", "--version"),  # works without an engine
     "docker_room": ("sh", "-c", DOCKER_SPACE),
+    "docker_disk": ("sh", "-c", DOCKER_FILE_SYSTEM),
     "containers": ("docker", "ps", "--all", "--filter", f"label={RUN_LABEL}", "--format", CONTAINER_FORMAT),
     "toolkit": ("toolkit.sh",),
 }
 DEVICE_QUESTIONS: dict[Accelerator, dict[str, tuple[str, ...]]] = {
     "cpu": {},
-    "cuda": {"devices": NVIDIA_QUERY, "apps": NVIDIA_APPS_QUERY, "files": ("sh", "-c", "ls -d /dev/nvidia*")},
+    "cuda": {"devices": NVIDIA_QUERY, "apps": NVIDIA_APPS_QUERY, "files": ("sh", "-c", "ls -d /dev/nvidia*"), "rdma": ("rdma.sh",)},
     "npu": {
         "devices": NPU_QUERY,
         "driver": ("cat", ASCEND_DRIVER_FILE),

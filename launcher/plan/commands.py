@@ -23,6 +23,7 @@ FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # the processes of a run are found by
 PART_VARIABLE = "OMNILAUNCH_RUN_PART"  # "<part> <folder>": the ranks of a run end while its data check goes on
 TORCHRUN = "torch.distributed.run"  # the module
 WRITABLE_HOME = "/tmp"  # HOME in the container: caches of torch and transformers are removed with it
+RDMA_LIMITS = {"memlock": "-1"}  # it registers memory, which the kernel then may not move
 CANN_LOGS = "cann"  # folder of CANN's own logs in the run's folder, with one folder per node
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
@@ -84,7 +85,7 @@ def process_command(config: Config, spec: TrainSpec, node: Node, rank: int, inte
 
 def docker_command(config: Config, image: Image, spec: TrainSpec, node: Node, rank: int, user: str) -> NodeCommand:
     container = container_options(config, image, spec, node, rank, user)
-    without_devices = replace(container, devices=(), gpus=(), runtime="", stop_timeout_s=0, mounts=mounts(config.cluster, spec))
+    without_devices = replace(container, devices=(), gpus=(), runtime="", groups=(), stop_timeout_s=0, mounts=mounts(config.cluster, spec))
     check = replace(without_devices, name=data_name(container.name), env_file=data_env_file(spec.output, rank))
     return NodeCommand(
         host=node.host,
@@ -113,12 +114,13 @@ def container_options(config: Config, image: Image, spec: TrainSpec, node: Node,
         user=user,
         labels={RUN_LABEL: spec.run_id, "omnilaunch.node": str(rank)},
         shm_size=cluster.shm_size,
-        ulimits=dict(sorted(cluster.ulimits.items())),
+        ulimits=dict(sorted({**(RDMA_LIMITS if node.rdma else {}), **cluster.ulimits}.items())),
         mounts=(*mounts(cluster, spec), *devices.mounts),
         devices=devices.devices,
         gpus=devices.gpus,
         runtime=devices.runtime,
         stop_timeout_s=math.ceil(stop_limit_s(config, model_states(config))),
+        groups=node.groups,
     )
 
 

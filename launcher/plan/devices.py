@@ -22,6 +22,7 @@ ASCEND_MOUNTS = (
 OTHER_NPU_SMI = "/usr/local/sbin/npu-smi"  # where some drivers install it; a container does not look there
 ASCEND_NETWORK_MOUNTS = ("/usr/local/Ascend/driver/tools/hccn_tool", "/etc/hccn.conf")
 ASCEND_MANAGERS = ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")
+RDMA_FOLDER = "/dev/infiniband"  # docker maps every device file in it
 ASCEND_RUNTIME = "ascend"  # its name in the engine's configuration, which its installer writes
 # What that runtime mounts when devices are requested from it.
 ASCEND_RUNTIME_MOUNTS = ("/usr/local/dcmi", NPU_SMI, "/usr/local/Ascend/driver/lib64")
@@ -30,12 +31,14 @@ ASCEND_RUNTIME_MOUNTS = ("/usr/local/dcmi", NPU_SMI, "/usr/local/Ascend/driver/l
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """The devices of a node that a run takes. `devices`: their numbers on the host, ascending. `in_container`: the process sees them
-    numbered from 0. `several_nodes`: other nodes take part. `ascend_runtime`: the container gets them from Ascend Docker Runtime."""
+    numbered from 0. `several_nodes`: other nodes take part. `rdma`: the container gets the node's RDMA devices. `ascend_runtime`: the container
+    gets its devices from Ascend Docker Runtime."""
 
     devices: tuple[int, ...]
     in_container: bool
     several_nodes: bool
     ascend_runtime: bool
+    rdma: bool = False
 
     @property
     def visible(self) -> str:
@@ -61,7 +64,7 @@ def cpu_options(share: Share) -> DeviceOptions:
 def cuda_options(share: Share) -> DeviceOptions:
     # By default CUDA numbers the fastest device 0, nvidia-smi goes by PCI bus; the cluster file uses the numbers of nvidia-smi.
     environment = {"DS_ACCELERATOR": "cuda", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": share.visible}
-    return DeviceOptions(gpus=share.devices, environment=environment)
+    return DeviceOptions(devices=(RDMA_FOLDER,) if share.rdma else (), gpus=share.devices, environment=environment)
 
 
 def npu_options(share: Share) -> DeviceOptions:
@@ -94,6 +97,7 @@ def share_of(cluster: Cluster, node: Node, count: int) -> Share:
         in_container=in_container,
         several_nodes=len(cluster.working) > 1,
         ascend_runtime=in_container and cluster.ascend_runtime,
+        rdma=in_container and node.rdma,
     )
 
 

@@ -20,7 +20,7 @@ class Mount:
 @dataclass(frozen=True, kw_only=True)
 class ContainerOptions:
     """What `docker run` is asked for. `stop_timeout_s`: until `docker stop` kills, 0 = the engine's ten seconds.
-    `user`: uid:gid, '' = the image's. `devices`: device files of the host. `gpus`: numbers for `--gpus`.
+    `user`: uid:gid, '' = the image's; `groups`: further gids of that user. `devices`: device files of the host. `gpus`: numbers for `--gpus`.
     `runtime`: name of an OCI runtime, '' = the engine's default. `entrypoint` replaces the image's own."""
 
     image: str
@@ -37,6 +37,7 @@ class ContainerOptions:
     runtime: str = ""
     entrypoint: str = ""
     stop_timeout_s: int = 0
+    groups: tuple[int, ...] = ()
 
 
 def docker_run(options: ContainerOptions, command: tuple[str, ...], *, detach: bool = False) -> tuple[str, ...]:
@@ -48,6 +49,7 @@ def docker_run(options: ContainerOptions, command: tuple[str, ...], *, detach: b
         ("--env-file", options.env_file),
         ("--network", options.network),
         ("--user", options.user),
+        *(("--group-add", str(group)) for group in options.groups),
         *(("--label", f"{key}={value}") for key, value in options.labels.items()),
         ("--shm-size", options.shm_size),
         *(("--ulimit", f"{key}={value}") for key, value in options.ulimits.items()),

@@ -126,15 +126,22 @@ def move_to_reached(plan: Plan, lost: frozenset[str], context: LocalContext, env
 
 
 def examine_plan(plan: Plan, context: LocalContext, reached: Sequence[Transport | NodeFailed], say: Say) -> Plan:
-    """The plan with the network that its working nodes were found in, and with the free memory of the device that has the least. Raises NodeFailed
-    with every finding that prevents a launch."""
+    """The plan with the network that its working nodes were found in, the groups that own their device files, their RDMA devices, and the free memory of the device
+    that has the least. Raises NodeFailed with every finding that prevents a launch."""
     stacks, cluster = load_stacks(context.project / "images"), plan.config.cluster
     token = uuid.uuid4().hex[:12]
     examination = examine(plan, stacks, cluster.working, reached, now=time.time, token=token, launching=True)
     require_health(examination, say)
-    if examination.choices:
-        spares = tuple(node for node in cluster.nodes if node.spare)
-        nodes = (*take_network(cluster.working, examination.choices), *spares)
+    spares = tuple(node for node in cluster.nodes if node.spare)
+    working = take_network(cluster.working, examination.choices) if examination.choices else cluster.working
+    nodes = (
+        *(
+            replace(node, groups=node.groups or examination.groups.get(node.host, ()), rdma=node.rdma or node.host in examination.rdma)
+            for node in working
+        ),
+        *spares,
+    )
+    if nodes != (*cluster.working, *spares):
         plan = move_plan(plan, replace(cluster, nodes=nodes), stacks, context)
     # The free memory that was found replaces the data sheet's; whether it is enough was just checked on each node.
     return replace(plan, memory=memory_within(plan.config, examination.free_memory)) if examination.free_memory else plan

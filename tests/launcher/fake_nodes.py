@@ -35,8 +35,18 @@ def room(path: str = "/srv/omnilaunch", writable: str = "yes", free_kib: int = 2
     return f"{path}\n{writable}\n{df(free_kib)}{counts}"
 
 
-def docker_info(engine: str = "27.5.1", storage: str = "overlay2", runtimes: str = '"runc":{},"nvidia":{},"ascend":{}') -> str:
-    return f'{{"ServerVersion":"{engine}","Driver":"{storage}","Runtimes":{{{runtimes}}},"DockerRootDir":"/var/lib/docker"}}\n'
+def docker_info(
+    engine: str = "27.5.1", storage: str = "overlay2", runtimes: str = '"runc":{},"nvidia":{},"ascend":{}', **more: object
+) -> str:
+    security = ["name=apparmor", "name=seccomp,profile=builtin", "name=cgroupns"]
+    known = {
+        "ServerVersion": engine,
+        "Driver": storage,
+        "DockerRootDir": "/var/lib/docker",
+        "SecurityOptions": security,
+        "CgroupVersion": "2",
+    }
+    return json.dumps({**known, "Runtimes": json.loads(f"{{{runtimes}}}"), **more}) + "\n"
 
 
 def network(address: str) -> dict[str, str]:
@@ -82,6 +92,7 @@ def healthy(address: str = HOSTS[0]) -> dict[str, str]:
         "docker": docker_info(),
         "docker_client": "Docker version 27.5.1, build 9f9e405\n",
         "docker_room": df(900_000_000, "/var/lib/docker"),
+        "docker_disk": "ext2/ext3\n",
         "containers": "",
         "toolkit": "/usr/bin/nvidia-ctk\n",
         "image": json.dumps({"Id": IMAGE_ID}) + "\n",
@@ -89,7 +100,12 @@ def healthy(address: str = HOSTS[0]) -> dict[str, str]:
 
 
 def p4() -> dict[str, str]:
-    return {"devices": (GOLDEN / "nvidia-p4.csv").read_text(), "apps": "", "files": "/dev/nvidia0\n/dev/nvidiactl\n/dev/nvidia-uvm\n"}
+    return {
+        "devices": (GOLDEN / "nvidia-p4.csv").read_text(),
+        "apps": "",
+        "files": "/dev/nvidia0\n/dev/nvidiactl\n/dev/nvidia-uvm\n",
+        "rdma": "",
+    }
 
 
 def ascend() -> dict[str, str]:

@@ -58,6 +58,7 @@ def gpu(
     return {"devices": f"fields: {','.join(NVIDIA_FIELDS)}\n{p4()['devices'].strip()}, {states}\n"}
 
 
+RDMA = "port mlx5_0 1 ACTIVE InfiniBand\nport mlx5_1 1 DOWN InfiniBand\nfile /dev/infiniband/uverbs0\n"
 FIVE = "\n".join(ascend()["devices"].splitlines()[: 6 + 5 * 3]) + "\n"
 BUSY = ascend()["devices"].replace("| No running processes found in NPU 2 |", "| 2       0  | 1333928  |  python3  | 37709  |")
 
@@ -124,7 +125,40 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(answers={"docker": STOPPED}, says="Cannot connect", fix="sudo systemctl enable --now docker"),
         Fault(answers={"docker": (124, "", "")}, says="no answer in time", fix="systemctl"),
     ),
-    "docker_version": (Fault(answers={"docker": docker_info("19.03.15")}, says="19.03.15 is older than 20.10"),),
+    "docker_version": (
+        Fault(answers={"docker": docker_info("19.03.15")}, says="19.03.15 is older than 20.10.10"),
+        Fault(answers={"docker": docker_info("20.10.7")}, says="can start no thread", fix="update it"),
+    ),
+    "rootless": (
+        Fault(
+            answers={"docker": docker_info(SecurityOptions=["name=seccomp", "name=rootless"])}, says="cannot reach", fix="unset DOCKER_HOST"
+        ),
+        Fault(
+            words=("cluster.runtime=docker", "cluster.user=1000:1000"),
+            answers={"docker": docker_info(SecurityOptions=["name=rootless"])},
+            says="user 1000:1000 of the container may not write",
+            fix="cluster.user=0:0",
+            place=0,
+        ),
+    ),
+    "user_namespace": (Fault(answers={"docker": docker_info(SecurityOptions=["name=userns"])}, says="userns-remap", fix="daemon.json"),),
+    "snap": (
+        Fault(
+            answers={"docker": docker_info(DockerRootDir="/var/snap/docker/common/var-lib-docker")},
+            says="sees no files at /srv/omnilaunch",
+            fix="cluster.root=FOLDER below /home",
+        ),
+    ),
+    "docker_disk": (Fault(answers={"docker_disk": "nfs\n"}, says="/var/lib/docker is on nfs", fix="data-root", level="warning"),),
+    "docker_proxy": (
+        Fault(
+            words=(*CPU, "cluster.delivery.kind=build_on_nodes"),
+            answers={"docker": docker_info(HttpsProxy="http://xxxxx:xxxxx@proxy:3128"), "image": (1, "", "No such image")},
+            says="the build of the image would not use it",
+            fix="cluster.delivery.proxy=URL",
+            level="warning",
+        ),
+    ),
     "docker_storage": (Fault(answers={"docker": docker_info(storage="vfs")}, says="vfs", fix="overlay2", level="warning"),),
     "docker_room": (
         Fault(answers={"docker_room": df(1_000_000)}, says="1.0 GiB free", fix="docker system df"),
@@ -233,6 +267,28 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
             words=P4, answers=gpu(fabric="In Progress, N/A"), says="device 0: In Progress", fix="nvidia-fabricmanager; its version must be"
         ),
     ),
+    "rdma": (
+        Fault(
+            words=P4,
+            answers={"rdma": "port mlx5_0 1 DOWN InfiniBand\n"},
+            says="mlx5_0 port 1 (InfiniBand, DOWN)",
+            fix="ibstat",
+            level="warning",
+        ),
+        Fault(
+            words=P4,
+            answers={"rdma": "port mlx5_0 1 ACTIVE Ethernet\n"},
+            says="no /dev/infiniband/uverbs*",
+            fix="modprobe ib_uverbs",
+            level="warning",
+        ),
+        Fault(
+            words=(*P4, "cluster.runtime=docker", "cluster.ulimits={memlock: '65536'}"),
+            answers={"rdma": RDMA},
+            says="cluster.ulimits.memlock=65536 forbids it",
+            fix="cluster.ulimits.memlock=-1",
+        ),
+    ),
     "driver": (
         Fault(
             words=NPU,
@@ -256,9 +312,9 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     "device_access": (
         Fault(
             words=NPU,
-            answers={"modes": ascend()["modes"].replace("/dev/davinci6 666 0 1000", "/dev/davinci6 660 0 1900")},
-            says="user 1000:1000 of the container may not use /dev/davinci6 (660, owner 0:1900)",
-            fix="cluster.user=1000:1900",
+            answers={"modes": ascend()["modes"].replace("/dev/davinci6 666 0 1000", "/dev/davinci6 660 0 0")},
+            says="user 1000:1000 of the container may not use /dev/davinci6 (660, owner 0:0)",
+            fix="--install-for-all",
         ),
         Fault(words=NPU, answers={"modes": ascend()["modes"].replace("666 0 1000", "600 0 0")}, says="and 8 more", fix="--install-for-all"),
     ),
@@ -282,6 +338,9 @@ CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     "same_count": (
         Fault(words=NPU, answers={"devices": FIVE}, says="it has 5 devices, the others have 8", fix="cluster.devices_per_node=4"),
         Fault(words=(*NPU, "cluster.devices_per_node=4"), answers={"devices": FIVE}, says="the run takes 4 of each", level="warning"),
+    ),
+    "same_rdma": (
+        Fault(words=P4, answers={"rdma": RDMA}, says="it has InfiniBand, the others have sockets", fix="NCCL_IB_DISABLE", level="warning"),
     ),
     "same_driver": (
         Fault(words=NPU, answers={"driver": "Version=25.5.1\n"}, says="driver 25.5.1, the others have 25.2.0", level="warning"),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.doctor.findings import EVERY_NODE
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, TOOL_FOLDERS
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.ssh.transport import Local
+from tests.launcher.doctor.fault_table import RDMA
 from tests.launcher.fake_nodes import HOSTS, NPU, NPU_RUNTIME, P4, ascend, docker_info, examined, found, healthy_nodes, p4
 
 PlanFor = Callable[..., Plan]
@@ -148,9 +150,47 @@ def test_a_trial_start_asks_for_the_same_devices(plan_for: PlanFor) -> None:
         plan = plan_for(*words)
         ways = healthy_nodes(plan, first={"docker": docker_info()})
         examined(plan, ways)
-        trial = next(argv for argv in ways[0].asked if argv[:2] == ("docker", "run") and "touch" in argv)
+        trial = next(
+            argv for argv in ways[0].asked if argv[:2] == ("docker", "run") and "-c" in argv and "trial" in argv[argv.index("-c") + 1]
+        )
         for option in ("--device", "--runtime"):
             assert after(trial, option) == after(plan.commands[0].start, option)
+
+
+def test_the_container_gets_the_groups_that_own_the_devices(plan_for: PlanFor) -> None:
+    """The trial has them, and so has the run (launcher.run.session); root's group is never given."""
+    plan = plan_for(*NPU)
+    closed = {"modes": ascend()["modes"].replace("davinci6 666 0 1000", "davinci6 660 0 1900").replace("svm 666 0 1000", "svm 660 0 1901")}
+    ways = healthy_nodes(plan, first=closed)
+    examination = examined(plan, ways)
+    finding = found(examination, "device_access", HOSTS[0])
+    assert (finding.level, finding.evidence) == (
+        "ok",
+        "user 1000:1000 of the container, in group 1900, 1901 of the node may use the device files",
+    )
+    assert examination.groups == {HOSTS[0]: (1900, 1901)}
+    trials = [
+        next(argv for argv in way.asked if argv[:2] == ("docker", "run") and "-c" in argv and "trial" in argv[argv.index("-c") + 1])
+        for way in ways
+    ]
+    assert [after(trial, "--group-add") for trial in trials] == [["1900", "1901"], []]
+    named = plan_for(*NPU, "cluster.nodes.0.groups=[44]")
+    assert after(named.commands[0].start, "--group-add") == ["44"] and after(named.commands[1].start, "--group-add") == []
+    assert after(named.commands[0].prepare, "--group-add") == [], "the check of the data needs no device"
+
+
+def test_a_node_with_rdma_hands_it_to_the_container(plan_for: PlanFor) -> None:
+    plan = plan_for(*P4)
+    examination = examined(plan, healthy_nodes(plan, first={"rdma": RDMA}, second={"rdma": RDMA}))
+    assert (
+        examination.rdma == set(HOSTS) and found(examination, "rdma", HOSTS[0]).evidence == "NCCL takes mlx5_0 port 1 (InfiniBand, ACTIVE)"
+    )
+    assert found(examination, "same_rdma", EVERY_NODE).evidence == "all have InfiniBand"
+    without = plan_for(*P4, "cluster.environment.NCCL_IB_DISABLE='1'")
+    assert examined(without, healthy_nodes(without, first={"rdma": RDMA})).rdma == frozenset()
+    given = plan_for(*P4, "cluster.nodes.0.rdma=true")
+    assert after(given.commands[0].start, "--device") == ["/dev/infiniband"] and "memlock=-1" in after(given.commands[0].start, "--ulimit")
+    assert after(given.commands[1].start, "--device") == [] and after(given.commands[0].prepare, "--device") == []
 
 
 @pytest.mark.parametrize(("name", "query"), [("npu-smi", NPU_QUERY), ("nvidia-smi", NVIDIA_APPS_QUERY)])

@@ -36,9 +36,9 @@ def plan_for(plan_for: PlanFor) -> PlanFor:
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (38, 10, 3)
+    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (44, 11, 3)
     assert set(NODE_FAULTS) == set(NODE_CHECKS) and set(CROSS_NODE_FAULTS) | {"clocks"} == set(CROSS_NODE_CHECKS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *CROSS_NODE_CHECKS.values())) == 38
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *CROSS_NODE_CHECKS.values())) == 44
 
 
 @pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))

@@ -1,9 +1,11 @@
 """The trials on the nodes: the options of a container, connections, a shared folder."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,13 +42,13 @@ CONTAINER_FAULTS = {
 def test_a_container_that_does_not_start(plan_for: PlanFor, said: str) -> None:
     plan = plan_for(*CPU)
     ways = healthy_nodes(plan)
-    ways[1].replies["touch"] = (125, "", f"{said}\nSee 'docker run --help'.\n")
+    ways[1].replies["-c"] = (125, "", f"{said}\nSee 'docker run --help'.\n")
     finding = found(examined(plan, ways), "container", HOSTS[1])
     assert (finding.level, finding.evidence) == ("error", said) and CONTAINER_FAULTS[said] in finding.fix
 
 
 def trial_of(way: FakeNode) -> tuple[str, ...]:
-    (argv,) = [argv for argv in way.asked if argv[:2] == ("docker", "run") and "touch" in argv]
+    (argv,) = [argv for argv in way.asked if argv[:2] == ("docker", "run") and "-c" in argv and "trial" in argv[argv.index("-c") + 1]]
     return argv
 
 
@@ -80,11 +82,20 @@ def test_the_trial_writes_where_the_run_writes_and_leaves_nothing(plan_for: Plan
     examined(plan, ways)
     argv = trial_of(ways[0])
     folders = (plan.spec.output, plan.spec.data.root)
-    assert argv[argv.index(plan.image.tag) + 1 :] == tuple(f"{folder}/.omnilaunch-trial" for folder in folders)
+    assert argv[argv.index(plan.image.tag) + 1 :][3:] == tuple(f"{folder}/.omnilaunch-trial" for folder in folders)
     text = environment[argv[argv.index("--env-file") + 1]].decode()
     assert dict(line.split("=", 1) for line in text.splitlines()) == plan.commands[0].environment
     made = next(argv[-1] for argv in ways[0].asked if argv[0] == "mkdir")
     assert ("rmdir", "--", made) in ways[0].asked and not ways[0].files
+
+
+def test_the_trial_itself(tmp_path: Path) -> None:
+    """With the Python of this environment, which has torch, in place of the image's."""
+    good, bad = tmp_path / "mark", tmp_path / "no" / "mark"
+    argv = (sys.executable, "-c", read_script("trial.py"))
+    assert subprocess.run((*argv, str(good)), check=True, capture_output=True).stdout == b"" and good.is_file()
+    failed = subprocess.run((*argv, str(good), str(bad)), capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith(f"{bad} cannot be written by uid {os.getuid()}: ")
 
 
 def test_what_launch_copies_first_is_left_out_of_the_trial_and_named(plan_for: PlanFor) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,5 +245,7 @@ def test_a_table_of_an_earlier_commit_is_read_with_the_packages_that_its_code_ha
             del row[column]
     table.write_text(yaml.safe_dump(rows), encoding="utf-8")
     then = load_stacks(project / "images")
-    assert {name: stack.system_packages for name, stack in then.items()} == {name: stack.system_packages for name, stack in now.items()}
-    assert all(draw(then[name], project) == draw(now[name], project) for name in now)
+    had = {"cpu": ("libgomp1",), "cuda": ("libgomp1", "gcc", "libc6-dev"), "ascend": ("numactl", "libgomp1")}
+    assert {name: stack.system_packages["run"] for name, stack in then.items()} == {name: had[stack.family] for name, stack in now.items()}
+    for name, stack in now.items():  # nothing else of a Dockerfile depends on the later columns
+        assert draw(then[name], project) == draw(replace(stack, system_packages=then[name].system_packages), project)

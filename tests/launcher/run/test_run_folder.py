@@ -179,6 +179,20 @@ def test_the_entrypoint_creates_the_folder_of_canns_log(tmp_path: Path) -> None:
     assert (tmp_path / "cann/node1").is_dir()
 
 
+def test_the_entrypoint_enters_a_folder_that_the_user_may_write(tmp_path: Path) -> None:
+    """CANN's compiler writes to the working folder, and the trainer is found from there."""
+    package = tmp_path / "image" / "trainer"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    command = 'touch fusion_result.json && pwd && python3 -c "import trainer; print(trainer.__path__[0])"'
+    argv = ("bash", str(PROJECT / "images/entrypoint.sh"), "sh", "-c", command)
+    environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", "ASCEND_PROCESS_LOG_PATH": str(tmp_path / "node1"), "PYTHONPATH": "/nowhere"}
+    done = subprocess.run(argv, env=environment, cwd=package.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "node1" / "work"), str(package)]
+    other = subprocess.run(argv, env={"PATH": os.environ["PATH"]}, cwd=package.parent, capture_output=True, text=True, check=True)
+    assert other.stdout.split() == [str(package.parent), str(package)], "the folder of the image, where nothing else is asked for"
+
+
 def test_canns_log_stays_in_its_default_place_when_the_folder_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     seen, said = entered(tmp_path / "file/node1")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launcher.doctor.smi import FIRST_FIELDS, NVIDIA_FIELDS
 from launcher.errors import NodeFailed
 from launcher.plan.plan import LocalContext, Plan
 from launcher.run import session
@@ -57,9 +58,13 @@ def test_the_connections_of_an_attempt_end_with_it(plan_for: Callable[..., Plan]
 
 @pytest.fixture
 def p4_here(tmp_path: Path) -> dict[str, str]:
-    """An environment with an nvidia-smi that gives a recorded answer: an idle P4 with 7.5 GiB."""
+    """An environment with an nvidia-smi that gives a recorded answer: an idle P4 with 7.5 GiB, with a driver that knows the first eight fields."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\ncase $* in *compute-apps*) ;; *) cat {GOLDEN / 'nvidia-p4.csv'} ;; esac\n")
+    unknown = "".join(
+        f"case $* in *{field}*) echo 'Field \"{field}\" is not a valid field to query.'; exit 2 ;; esac\n"
+        for field in NVIDIA_FIELDS[len(FIRST_FIELDS) :]
+    )
+    tool.write_text(f"#!/bin/sh\n{unknown}case $* in *compute-apps*) ;; *) cat {GOLDEN / 'nvidia-p4.csv'} ;; esac\n")
     tool.chmod(0o755)
     return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
