@@ -32,6 +32,7 @@ from trainer.contract import (
     RunFailed,
     SpecError,
     TrainSpec,
+    as_problem,
     describe_groups,
     encode,
     read,
@@ -67,16 +68,17 @@ def run_command(command: Callable[[TrainSpec], int], path: Path) -> int:
 
 
 def data(spec: TrainSpec) -> int:
-    """Write data.json, inputs.json, and data_problems.jsonl if there are problems, and print the first ones. Raises InputRefused if the data
-    has changed since the run's checkpoints, and in a rerun for other inputs than those of its record."""
-    from trainer.data.check import examine_data, resolve
+    """Write data.json, inputs.json, data_left_out.jsonl if rows are left out, and data_problems.jsonl if there are problems, and print the first
+    ones. Raises InputRefused if the data has changed since the run's checkpoints, and in a rerun for other inputs than those of its record."""
+    from trainer.data.check import check_data, resolve
+    from trainer.data.left_out import write_left_out
     from trainer.data.manifest import list_inputs, refuse_other_inputs
     from trainer.data.row_use import find_uses
 
     paths = resolve(spec.data)
-    report, problems, files = examine_data(spec, partial(print, flush=True))
-    report = replace(report, uses=find_uses(spec, paths, problems))
-    inputs = list_inputs(spec, paths, files)
+    found = check_data(spec, partial(print, flush=True))
+    problems, report = found.problems, replace(found.report, uses=find_uses(spec, paths, found.problems))
+    inputs = list_inputs(spec, paths, found.hashes)
     if "data" not in spec.accepted_changes:
         refuse_changed(report, inputs, Path(spec.output))
     listed = Path(spec.output) / DATA_PROBLEMS_FILE
@@ -84,6 +86,7 @@ def data(spec: TrainSpec) -> int:
         write_text("".join(f"{json.dumps(asdict(problem), ensure_ascii=False)}\n" for problem in problems), listed)
     else:
         listed.unlink(missing_ok=True)
+    write_left_out(found.left_out, Path(spec.output), expected=spec.data.leaves_rows_out)
     write(inputs, Path(spec.output) / INPUTS_FILE)
     write(report, Path(spec.output) / DATA_FILE)
     refuse_other_inputs(spec.expects, inputs, report.sha256)
@@ -91,6 +94,8 @@ def data(spec: TrainSpec) -> int:
         print(text, file=sys.stderr)
     for change, rows in report.summary.adjustments.items():
         print(f"data: {change}: {rows:,} rows", flush=True)
+    for text in describe_groups([as_problem(row) for row in found.left_out if row.done in ("left out", "cut")], SHOWN_CAUSES):
+        print(f"data: {text}", flush=True)
     if not report.problems:
         (Path(spec.output) / DATA_PENDING_FILE).unlink(missing_ok=True)
     return Exit.USAGE if report.problems else Exit.OK

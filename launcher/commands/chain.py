@@ -20,6 +20,7 @@ from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_file
 from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
+from launcher.plan.usable_rows import with_usable_rows
 from launcher.plan.visible_devices import naming_devices, with_visible_devices
 from launcher.plan.weights_folder import judge_weights, with_found_model
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
@@ -105,7 +106,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
             with naming_devices(of_step, words, os.environ):
                 config, files = compose_with_files(words, conf)
                 config = compose_step(config, words, conf, here, {results[step.name]: step.plan for step in steps})
-                config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
+                config = with_usable_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words))
+                config = settle_rows(config, keys_of(words), here)
                 context = context_for(config, stacks, project)
                 plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
                 if plan.spec.stage.checkpoint not in results.values():  # of a run of this chain: not there yet, or known from its plan

@@ -3,23 +3,26 @@
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.plan import PROJECT, add_overrides, conf_of, plan_of
+from launcher.commands.plan import add_overrides, conf_of, plan_of
 from launcher.config.schema import Config
-from launcher.errors import ConfigRefused, LaunchError
+from launcher.plan.usable_rows import examine
 from launcher.redact import show
 from trainer import contract
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
+from trainer.contract import (
+    DataReport,
+    DataSummary,
+    Exit,
+    TrainSpec,
+    write_text,
+)
 
 SHOWN_CAUSES = 20
-PROGRESS = re.compile(r"data: [\d,]+ rows checked, |data: files and rules are unchanged")  # trainer.data.examination, trainer.data.check
 ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
 
 
@@ -36,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
     alone = replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1))  # the batch is judged below
-    report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
+    report, problems, left_out = examine(alone, lambda line: show(line, file=sys.stderr))
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:
-        arguments.say(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
+        arguments.say(json.dumps(asdict(report) | {"problems": problems, "left_out_rows": left_out}, indent=2, ensure_ascii=False))
     else:
         described = describe_data(report, plan.spec.data.max_length)
         if report.train_rows or report.evaluation_rows:
@@ -48,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
             say_learning(plan.config, report, arguments.say)
         else:  # of no rows there is nothing to say but why
             arguments.say(described.splitlines()[0])
+        if left_out:
+            arguments.say(describe_causes(report, left_out))
         arguments.say(describe_problems(problems, arguments.out))
         if not problems and (note := describe_few_rows(report, plan.spec)):
             arguments.say(note)
@@ -74,37 +79,6 @@ def say_learning(config: Config, report: DataReport, say: Callable[[str], None])
         say(f"{name:10} {text}")
     standouts = find_standouts(*plain)
     say("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
-
-
-def examine(spec: TrainSpec, say: Callable[[str], None] = lambda line: None) -> tuple[DataReport, list[dict[str, Any]]]:
-    """The trainer's own check, in a separate process: it needs packages that the launcher does not import. `say` gets the lines that a long check
-    prints about its progress. Raises LaunchError."""
-    with tempfile.TemporaryDirectory(prefix="omnilaunch-data-") as name, tempfile.TemporaryFile("w+", errors="replace") as errors:
-        folder = Path(name)
-        write(replace(spec, output=name), folder / SPEC_FILE)
-        argv = (sys.executable, "-m", "trainer", "data", str(folder / SPEC_FILE))
-        with subprocess.Popen(argv, cwd=PROJECT, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as child:
-            for line in child.stdout or ():
-                if PROGRESS.match(line):
-                    say(line.rstrip())
-        if not (folder / DATA_FILE).is_file():
-            errors.seek(0)
-            raise refusal(child.returncode, errors.read().strip())
-        report: DataReport = read(DataReport, folder / DATA_FILE)
-        listed = folder / DATA_PROBLEMS_FILE
-        lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-    return report, [json.loads(line) for line in lines if line]
-
-
-def refusal(code: int, output: str) -> LaunchError:
-    if "ModuleNotFoundError" in output:
-        return ConfigRefused(
-            f"{sys.executable} lacks what reads the data: {output.splitlines()[-1]}\n  Next: make setup, which installs it in .venv; or let a "
-            "launch with cluster.runtime=docker check the data in the image"
-        )
-    if code == Exit.USAGE:
-        return ConfigRefused(output)
-    return LaunchError(f"the check of the data ended with exit code {code}:\n{output}")
 
 
 # -------------------------------------------------------------------------------------------------------------------- text
@@ -150,10 +124,19 @@ def describe_lengths(summary: DataSummary, limit: int) -> str:
     )
 
 
+def describe_causes(report: DataReport, left_out: Sequence[dict[str, Any]]) -> str:
+    """Which rows are not used, or not as they are written, and why: rows with the same reason together."""
+    rows = [contract.as_problem(contract.decode(contract.LeftOutRow, row)) for row in left_out]
+    shown = "\n".join(f"  {text}" for text in contract.describe_groups(rows, SHOWN_CAUSES))
+    return f"{'left out':10} {contract.describe_left_out(report.left_out)}\n{shown}"
+
+
 def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     if not problems:
         return f"{'problems':10} none"
-    texts = contract.describe_groups([contract.decode(contract.DataProblem, problem) for problem in problems], SHOWN_CAUSES)
+    found = [contract.decode(contract.DataProblem, problem) for problem in problems]
+    texts = contract.describe_groups(found, SHOWN_CAUSES)
     shown = "\n".join(f"  {text}" for text in texts)
     rest = f"\n  all of them: {file or 'with --out FILE, one JSON object a line'}" if len(problems) > 1 else ""
-    return f"{'problems':10} {len(problems):,}\n{shown}{rest}"
+    whose = "of the model: " if contract.blame(found) == "model" else ""
+    return f"{'problems':10} {whose}{len(problems):,}\n{shown}{rest}"

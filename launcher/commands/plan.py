@@ -137,6 +137,7 @@ def make_plan_here(
     from launcher.plan.named_files import find_missing_questions, with_unseen_note
     from launcher.plan.plan import make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
+    from launcher.plan.usable_rows import with_usable_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint, find_runs, start_from_checkpoint
     from launcher.record.checkpoint_reference import with_full_ids
@@ -146,6 +147,7 @@ def make_plan_here(
     here, overrides = Path.cwd(), with_found_model(overrides, conf)
     config, files = compose_with_files(overrides, conf)
     config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here, os.environ)
+    config = config if only_data or not asks else with_usable_rows(config, keys_of(overrides))
     config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
     config = with_whole_batch(config) if only_nodes else config
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))

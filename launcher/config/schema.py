@@ -257,6 +257,11 @@ class Data:
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

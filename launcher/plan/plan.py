@@ -58,7 +58,8 @@ STAGE_KEYS = (
     *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),
 )
-DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation")
+ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn")
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation", *ROW_KEYS)
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
     *("hang_timeout_s", "trackers", "profile", "early_stop"),

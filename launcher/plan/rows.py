@@ -65,6 +65,18 @@ def with_steps(config: Config, here: Path) -> Config:
     return replace(config, run=replace(config.run, steps=count_steps(epochs, rows, batch)))
 
 
+def leaves_rows_out(config: Config) -> bool:
+    """Whether a run may use fewer rows than its file has, as DataSpec.leaves_rows_out."""
+    return config.data.bad_rows == "skip" or config.data.too_long != "refuse"
+
+
+def asks_for_usable_rows(config: Config, typed: Set[str], here: Path) -> bool:
+    """Whether run.epochs counts rows of which only the data check knows how many are used, and it can be asked on this machine."""
+    data = config.data
+    known = data.builtin or "data.rows" in typed or config.stage.kind != "train" or config.run.epochs is None
+    return not known and leaves_rows_out(config) and config.cluster.is_local and bool(data.train) and (here / data.train).is_file()
+
+
 def rows_of(config: Config) -> int:
     """Rows of an epoch; 0 where they are not known."""
     return BUILTIN_ROWS if config.data.builtin else config.data.rows
@@ -91,7 +103,8 @@ def find_rows(config: Config, here: Path) -> int:
     if not file.is_file() or (config.run.epochs is None and file.stat().st_size > QUICK_BYTES):
         return data.rows
     counted = count_rows(file)
-    if data.rows and counted and counted != data.rows and config.cluster.is_local:
+    fits = data.rows == counted or (leaves_rows_out(config) and data.rows < counted)
+    if data.rows and counted and not fits and config.cluster.is_local:
         raise ConfigRefused(f"data.rows={data.rows}: {data.train} has {counted:,} rows. Leave data.rows out: they are counted")
     return data.rows or counted
 

@@ -14,7 +14,16 @@ SEAL_FILE = "seal.json"
 # The files of a record, as patterns below the run's folder. Logs, checkpoints and the files of trackers are not parts of it.
 PARTS = (
     *("plan.json", "config.json", "spec.json", "Dockerfile", "lock.txt", "source.json", "source.diff"),
-    *("data.json", "inputs.json", "environment.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "best.json"),
+    *(
+        "data.json",
+        "data_left_out.jsonl",
+        "inputs.json",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "samples.jsonl",
+        "best.json",
+    ),
     *("train_result.json", "failure-rank*.json", "result.json", "images.json"),
     *("attempts/*/*.json", "attempts/*/*.jsonl"),
 )

@@ -89,6 +89,7 @@ ALLOWANCES: dict[str, tuple[str, ...]] = {
 OPEN = (
     *("variables.*", "image.files.*", "config.*.environment.*"),
     *("environment.environment.*", "environment.packages.*", "environment.kernels.*", "result.resumed.*"),
+    "data.left_out.*",
 )
 REPORTED = (  # keys of environment.json
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
@@ -136,7 +137,7 @@ def collect_comparables(run: RunFiles) -> dict[str, Any]:
     changed = {f"resumed.{key}": value for key, value in run.accepted_changes.items()}
     sections = {
         "config": plan.get("config") or {},
-        "data": {key: run.data.get(key, "") for key in DATA_KEYS} if run.data else {},
+        "data": {key: run.data.get(key, "") for key in DATA_KEYS} | {"left_out": run.data.get("left_out") or {}} if run.data else {},
         "origin": record.get("origin") or {},
         "source": comparable_source(run.source),
         "image": pick(plan.get("image") or {}, IMAGE_KEYS),

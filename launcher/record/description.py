@@ -15,6 +15,7 @@ from launcher.plan.plan import RUNS_FOLDER, Plan
 from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, duration, figure, relative, table
 from launcher.record.metrics import describe_speed, newest_rows, read_curve
+from launcher.record.reader import read_if_there
 from launcher.record.record import (
     RECORD_FILE,
     Record,
@@ -26,7 +27,7 @@ from launcher.record.record import (
     step_of,
 )
 from launcher.record.run_name import typed_name
-from trainer.contract import CHECKPOINTS, METRICS_FILE
+from trainer.contract import CHECKPOINTS, DATA_FILE, METRICS_FILE, DataReport, describe_left_out
 from trainer.contract.spec import StageSpec
 
 COUNTED = {"infer": "questions", "serve": "requests"}
@@ -67,6 +68,9 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
     rows: dict[str, Any] = {"status": record.status} | ({"steps": f"{record.steps} of {plan.spec.steps}"} if trained else {})
     if record.ended:
         rows["ended"] = record.ended
+    data: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
+    if data is not None and data.left_out:
+        rows["left out"] = describe_left_out(data.left_out)
     if record.data_unchecked:
         rows["data"] = f"not fully checked: {record.data_unchecked}"
     if record.final_loss is not None:

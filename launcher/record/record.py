@@ -204,7 +204,7 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
         shutil.copyfile(lock, folder / LOCK_FILE)
     older = original.folder / contract.SPEC_FILE if original and original.older else None
     contract.write_text(encode_spec(plan.spec, like=older), folder / contract.SPEC_FILE)
-    if plan.is_local and plan.spec.stage.kind == "train" and not older:
+    if plan.is_local and plan.spec.waits_for_check and not older:
         (folder / contract.DATA_PENDING_FILE).touch()
     if original and (original.folder / contract.INPUTS_FILE).is_file():
         shutil.copyfile(original.folder / contract.INPUTS_FILE, folder / RECORDED_INPUTS_FILE)

@@ -31,7 +31,7 @@ from launcher.record.record import (
 )
 from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
-from trainer.contract import Best, DataReport, EnvReport, EvaluationRow, FailureReport, Inputs, StepRow, TrainResult, TrainSpec
+from trainer.contract import Best, DataReport, EnvReport, EvaluationRow, FailureReport, Inputs, LeftOutRow, StepRow, TrainResult, TrainSpec
 
 # File -> its class; of *.jsonl, that of each line.
 FILES: dict[str, Any] = {
@@ -40,6 +40,7 @@ FILES: dict[str, Any] = {
     SOURCE_FILE: SourceState,
     contract.SPEC_FILE: TrainSpec,
     contract.DATA_FILE: DataReport,
+    contract.DATA_LEFT_OUT_FILE: LeftOutRow,
     contract.INPUTS_FILE: Inputs,
     contract.ENVIRONMENT_FILE: EnvReport,
     IMAGES_FILE: dict[str, str],

@@ -1,6 +1,7 @@
 """What the data check of a node reports: problems in the data, which refuse the run, or a failure of the check itself."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,7 @@ from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
 from trainer.contract import (
     DATA_FILE,
+    DATA_LEFT_OUT_FILE,
     DATA_PROBLEMS_FILE,
     INPUTS_FILE,
     METRICS_FILE,
@@ -22,8 +24,10 @@ from trainer.contract import (
     DataReport,
     Inputs,
     SpecError,
+    blame,
     decode,
     describe_groups,
+    describe_left_out,
 )
 from trainer.contract.listing import describe_changes, list_some
 from trainer.contract.wording import plural
@@ -48,7 +52,15 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     lines += describe_uses(report, folder)
     lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
-    raise ConfigRefused("\n".join((f"the data{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
+    raise ConfigRefused("\n".join((f"the {blame(problems)}{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
+
+
+def say_left_out(folder: Path, say: Callable[[str], None]) -> bool:
+    """Say how many rows the run does not use, or not as they are written. Whether the check has written its report."""
+    report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
+    if report is not None and report.left_out:
+        say(f"data: {describe_left_out(report.left_out)}; {folder / DATA_LEFT_OUT_FILE} lists them")
+    return report is not None
 
 
 def describe_uses(report: DataReport, folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.reader import read_if_there
 from launcher.record.record import AttemptOutcome, Failure, NodeResult
-from launcher.run.data_check import check_failure, fetch_problems, refuse_data
+from launcher.run.data_check import check_failure, fetch_problems, refuse_data, say_left_out
 from launcher.run.failure_search import find_failure
 from launcher.run.gang import TICK_S, clear_all, clear_and_report, node_log_path, node_results, watch
 from launcher.run.node_log import StartPhase, last_lines, silence_s, start_phases
@@ -36,7 +36,7 @@ STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S = 20.0, 2.0  # in place of FETCH_S after 
 def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
     """Watch until all processes have ended. Raises ConfigRefused when the data has problems. The trainer writes ENVIRONMENT_FILE when its model is
     ready and the rows of an earlier attempt after its checkpoint are removed; until then there is no progress to show."""
-    limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
+    limit_s, began, watch_checks = plan.config.run.start_timeout_s, time.monotonic(), CheckWatch(plan, folder, session, processes.checks)
     growing = () if plan.is_local else (progress_file(plan), ENVIRONMENT_FILE)  # files of node 0 that are copied here while they grow
     mirrors, mirrored_at = {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in growing}, 0.0
     asked = list[int]()  # the stop request, once it was answered
@@ -46,7 +46,7 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
         def tick() -> None:
             nonlocal mirrored_at
             ready = (folder / ENVIRONMENT_FILE).exists()
-            raise_bad_data(folder, processes.checks)
+            watch_checks()
             if is_asked_to_stop(folder) and not stop.count:  # in this order: `omnilaunch stop` writes the file after its signal
                 stop.ask("omnilaunch stop")
             if stop.count and not asked:
@@ -117,6 +117,20 @@ def raise_bad_data(folder: Path, checks: tuple[NodeProcess, ...]) -> None:
     for check in checks:
         if check.poll():
             raise AttemptFailed(check_failure(folder, check), check)
+
+
+class CheckWatch:
+    """Called again and again: raises AttemptFailed for a check that has ended with an error, and says once which rows are left out. Of nodes elsewhere
+    the summary of the run says it."""
+
+    def __init__(self, plan: Plan, folder: Path, session: Session, checks: tuple[NodeProcess, ...]) -> None:
+        self.folder, self.say, self.checks = folder, session.say, checks
+        self.silent = not plan.is_local or not checks
+
+    def __call__(self) -> None:
+        raise_bad_data(self.folder, self.checks)
+        if not self.silent and all(check.poll() == 0 for check in self.checks):
+            self.silent = say_left_out(self.folder, self.say)
 
 
 def finish_checks(folder: Path, session: Session, checks: tuple[NodeProcess, ...], stop: StopRequest) -> str:

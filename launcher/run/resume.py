@@ -47,10 +47,10 @@ from launcher.run.stop import NO_CONTAINER, RUNNING, end_processes, state_of
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import processes_with
 from trainer import contract
-from trainer.contract import DATA_FILE, DATA_PENDING_FILE, INPUTS_FILE, METRICS_FILE, SPEC_FILE
+from trainer.contract import DATA_FILE, DATA_LEFT_OUT_FILE, DATA_PENDING_FILE, INPUTS_FILE, METRICS_FILE, SPEC_FILE
 from trainer.contract.wording import plural
 
-KEPT = (DATA_FILE, INPUTS_FILE, IMAGES_FILE)  # of an attempt; the next one writes them again
+KEPT = (DATA_FILE, DATA_LEFT_OUT_FILE, INPUTS_FILE, IMAGES_FILE)  # of an attempt; the next one writes them again
 MOVED = (RECORD_FILE, SEAL_FILE, STOP_FILE)
 
 

@@ -13,7 +13,17 @@ from launcher.run.container import remove_containers
 from launcher.ssh.background import in_background
 from launcher.ssh.parallel import attempt_each, each
 from launcher.ssh.transport import Transport
-from trainer.contract import DATA_FILE, DATA_PENDING_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
+from trainer.contract import (
+    DATA_FILE,
+    DATA_LEFT_OUT_FILE,
+    DATA_PENDING_FILE,
+    ENVIRONMENT_FILE,
+    FAILURE_FILES,
+    METRICS_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    TrainSpec,
+)
 
 ROOT = "0:0"
 FOLDER_BYTES = 2**28
@@ -68,7 +78,7 @@ def create_folders(nodes: Sequence[WorkingNode], request: FolderRequest) -> None
 def create_on(node: WorkingNode, request: FolderRequest) -> None:
     """By one command: each command costs a login shell of the node, and the user waits for it."""
     host, output = node.command.host, request.spec.output
-    pending = DATA_PENDING_FILE if request.spec.stage.kind == "train" else ""
+    pending = DATA_PENDING_FILE if request.spec.waits_for_check else ""
     script, parent = CREATE_SCRIPT.read_text(encoding="utf-8"), str(PurePosixPath(output).parent)
     argv = ("sh", "-c", script, "sh", SPEC_FILE, str(len(request.text)), request.user, pending, parent, *request.folders)
     made = node.transport.feed(argv, (request.text,), timeout_s=60)
@@ -117,7 +127,7 @@ def reopen_on(node: WorkingNode, request: FolderRequest) -> None:
     argv = ("find", output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
     transport.run(argv).expect(f"{host}: removing the result files of the last attempt")
     transport.put(request.text, str(PurePosixPath(output) / SPEC_FILE), mode=0o644)
-    if request.checks_first:
+    if request.checks_first or request.spec.data.leaves_rows_out:
         transport.put(b"", str(PurePosixPath(output) / DATA_PENDING_FILE), mode=0o644)
 
 
@@ -170,7 +180,7 @@ def fetch_results(nodes: Sequence[WorkingNode], folder: Path, *, ranks_per_node:
         ranks = range(node.command.node_rank * ranks_per_node, (node.command.node_rank + 1) * ranks_per_node)
         names = [FAILURE_FILES.format(rank=rank) for rank in ranks]
         if node.command.node_rank == 0:
-            names += [RESULT_FILE, ENVIRONMENT_FILE, DATA_FILE, METRICS_FILE]
+            names += [RESULT_FILE, ENVIRONMENT_FILE, DATA_FILE, DATA_LEFT_OUT_FILE, METRICS_FILE]
         for name in names:
             content = node.transport.get(str(PurePosixPath(node.command.folder) / name))
             if content is not None:

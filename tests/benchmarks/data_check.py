@@ -29,7 +29,10 @@ from trainer.models.tiny_tokenizer import tiny_tokenizer
 WORDS = "which of these is shown in the picture and what would one say of it if it were asked by a child".split()  # noqa: SIM905
 SIZE = (320, 240)
 IMAGE_TOKENS = 16
-SPEC = SimpleNamespace(model=SimpleNamespace(template=VICUNA, image_token="<image>"), data=SimpleNamespace(max_length=2048))
+SPEC = SimpleNamespace(
+    model=SimpleNamespace(template=VICUNA, image_token="<image>"),
+    data=SimpleNamespace(max_length=2048, too_long="refuse", bad_rows="refuse"),
+)
 
 
 def main() -> None:

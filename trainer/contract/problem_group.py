@@ -1,10 +1,12 @@
 """Problems of data as text: rows with the same cause are one entry, with their number and three examples."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from trainer.contract.rows import DataProblem
+from trainer.contract.rows import DataProblem, LeftOutRow
+from trainer.contract.wording import shorten_values
 
+MODEL = "model "  # in place of the file, and before the name of the model: a problem of the model, of which no row is the cause
 _EXAMPLES = 3
 # What differs between rows with the same cause: quoted values, paths and numbers.
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S+\.\w{2,4}\b|\d+")
@@ -19,6 +21,24 @@ def describe_groups(problems: Sequence[DataProblem], groups: int) -> tuple[str, 
     return (*shown, f"... and {rest:,} more") if rest else shown
 
 
+def blame(problems: Sequence[DataProblem]) -> str:
+    """What has these problems: "data", or "model" where no row is the cause."""
+    return "model" if problems and all(problem.file.startswith(MODEL) for problem in problems) else "data"
+
+
+def describe_left_out(counts: Mapping[str, int]) -> str:
+    """`counts`: as of DataReport.left_out. "3 training rows left out, 1 held-out row cut"."""
+    names = {"train": "training row", "evaluation": "held-out row"}
+    parts = ((names.get(use, use), count, done) for key, count in counts.items() for use, _, done in (key.partition(" "),))
+    return ", ".join(f"{count:,} {name}{'' if count == 1 else 's'} {done}" for name, count, done in parts)
+
+
+def as_problem(row: LeftOutRow) -> DataProblem:
+    """For a text: rows with the same reason are grouped as problems are. What was done takes the place of the fix."""
+    use = "" if row.use == "train" else "held-out: "
+    return DataProblem(file=row.file, row=row.row, field=row.key, problem=row.reason, fix=f"{use}{row.done}")
+
+
 def group_problems(problems: Sequence[DataProblem]) -> tuple[tuple[DataProblem, ...], ...]:
     """Problems of one file, key and cause together."""
     groups: dict[tuple[str, str, str], list[DataProblem]] = {}
@@ -30,6 +50,7 @@ def group_problems(problems: Sequence[DataProblem]) -> tuple[tuple[DataProblem, 
 
 def describe_group(group: Sequence[DataProblem]) -> str:
     """One problem as it is; several as one line with their number and the first rows, and the texts of those where they differ."""
+    group = [shorten_problem(problem) for problem in group[:_EXAMPLES]] + list(group[_EXAMPLES:])
     first = group[0]
     if len(group) == 1:
         return str(first)
@@ -44,6 +65,16 @@ def describe_group(group: Sequence[DataProblem]) -> str:
             *others,
             f"    {choose_fix(group)}",
         )
+    )
+
+
+def shorten_problem(problem: DataProblem) -> DataProblem:
+    return DataProblem(
+        file=problem.file,
+        row=problem.row,
+        field=shorten_values(problem.field),
+        problem=shorten_values(problem.problem),
+        fix=shorten_values(problem.fix),
     )
 
 

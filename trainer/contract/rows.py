@@ -37,6 +37,19 @@ class DataProblem:
         return f"{where}, key {self.field!r}: {self.problem}\n    {self.fix}" if self.field else f"{where}: {self.problem}\n    {self.fix}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOutRow:
+    """One line of data_left_out.jsonl: a row that is not used, or not as it is written. `use`: of the training rows or of the held-out ones.
+    `done`: left out; cut; trimmed, joined or marked, as data.turns and data.unmarked say. `key`: as `DataProblem.field`."""
+
+    use: Literal["train", "evaluation"]
+    file: str
+    row: int
+    key: str
+    reason: str
+    done: Literal["left out", "cut", "trimmed", "joined", "marked"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonAnswer:
     """`text`: its beginning, on one line."""
@@ -114,7 +127,8 @@ class RowUse:
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
     """`sha256`: over the annotation files and every image they name, in order. `problem_count`: all problems; `problems`: the first ones. `uses`:
-    the first step that trains on a row with a problem."""
+    the first step that trains on a row with a problem. `left_out`: use and what was done -> number of rows ("train left out": 3), for those that
+    data_left_out.jsonl lists; they are in `sha256` too."""
 
     schema: int
     sha256: str
@@ -126,6 +140,7 @@ class DataReport:
     summary: DataSummary = DataSummary()
     learning: LearningFacts = LearningFacts()
     uses: tuple[RowUse, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

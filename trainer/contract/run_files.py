@@ -4,6 +4,7 @@ SPEC_FILE = "spec.json"
 DATA_FILE = "data.json"
 DATA_PENDING_FILE = "data.pending"  # empty; written by the launcher with the spec, removed by the data check when it has passed
 DATA_PROBLEMS_FILE = "data_problems.jsonl"  # all problems; data.json has the first ones
+DATA_LEFT_OUT_FILE = "data_left_out.jsonl"  # rows that are not used, or not as they are written; the ranks read which ones to leave out
 INPUTS_FILE = "inputs.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"

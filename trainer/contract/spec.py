@@ -185,6 +185,8 @@ class DataSpec:
     `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
     `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
+    `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
+    `turns`, `learn`: how rows are read (trainer.data.rows.row_rules).
     """
 
     name: str
@@ -202,6 +204,16 @@ class DataSpec:
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether a run may use fewer rows than its files have. Then the data check decides which, and every rank waits for it."""
+        return self.bad_rows == "skip" or self.too_long != "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +283,11 @@ class TrainSpec:
         """The steps after which windows of samples end, beside those at regular distances. A run that was given fewer steps keeps the windows that
         it has begun."""
         return self.earlier_steps if self.steps <= max(self.earlier_steps, default=0) else (*self.earlier_steps, self.steps)
+
+    @property
+    def waits_for_check(self) -> bool:
+        """Whether the ranks wait for the data check: to train on checked rows, or to know which rows are left out."""
+        return self.stage.kind == "train" or self.data.leaves_rows_out
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
+from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, LeftOutRow, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
 from trainer.data.examination import DataExamination, SourceTally
 from trainer.data.kept_check import find_check, keep_check, key_of_check
+from trainer.data.left_out import count_left_out, hash_left_out
 from trainer.data.media.image import hash_file
+from trainer.data.missing_root import name_roots
+from trainer.data.rows.row_rules import DEFAULT, RowRules, rules_of
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
@@ -21,11 +24,12 @@ REUSED = "data: files and rules are unchanged since an earlier check, whose resu
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
     """The paths of the data. `train` and `evaluation` are None when the spec has none. `images` None: image paths start at the folder of
-    the file that has them."""
+    the file that has them. `rules`: how rows are read."""
 
     train: Path | None
     evaluation: Path | None
     images: Path | None
+    rules: RowRules = DEFAULT
 
     def images_of(self, file: Path) -> Path:
         """The folder that the image paths of an annotation file start at."""
@@ -48,12 +52,27 @@ BUILTIN = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """`report` has the first KEPT_PROBLEMS of the `problems`. `hashes`: of every file. `left_out`: rows that are not used, or not as written."""
+
+    report: DataReport
+    problems: tuple[DataProblem, ...]
+    hashes: dict[Path, str]
+    left_out: tuple[LeftOutRow, ...] = ()
+
+
 def examine_data(spec: TrainSpec, say: Callable[[str], None] = print) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
+    """The report, the problems and the hashes of `check_data`."""
+    found = check_data(spec, say)
+    return found.report, found.problems, found.hashes
+
+
+def check_data(spec: TrainSpec, say: Callable[[str], None] = print) -> DataCheck:
     """Write the built-in set if the spec names one, read both annotation files, decode and hash every image, count the tokens of every text; or
     return the result of an earlier check, if the files and the rules are unchanged since (trainer.data.kept_check).
 
-    Returns the report (with the first KEPT_PROBLEMS problems), all problems, and the hash of every file. `say` gets lines about the progress of a
-    long check. Raises InputRefused for a spec without data.
+    `say` gets lines about the progress of a long check. Raises InputRefused for a spec without data.
     """
     prepare(spec.data)
     paths = resolve(spec.data)
@@ -62,34 +81,37 @@ def examine_data(spec: TrainSpec, say: Callable[[str], None] = print) -> tuple[D
     key = key_of_check(spec, {file: paths.images_of(file) for file in files})
     kept = find_check(spec.data, key)
     if kept is None:
-        report, problems, hashes = examine_files(spec, paths, files, say)
-        if not problems and (report.summary.rows == 0 or not report.summary.unmeasured or spec.data.builtin):
-            keep_check(spec.data, key, report, hashes, began_ns=began_ns)
+        found = examine_files(spec, paths, files, say)
+        report = found.report
+        if not found.problems and (report.summary.rows == 0 or not report.summary.unmeasured or spec.data.builtin):
+            keep_check(spec.data, key, report, found.hashes, found.left_out, began_ns=began_ns)
     else:
         say(REUSED)
-        report, problems, hashes = kept.report, (), dict(kept.hashes)
-    problems = problems or tuple(find_count_problems(spec, report.train_rows))
-    return replace(report, problems=bound(problems), problem_count=len(problems)), problems, hashes
+        found = DataCheck(report=kept.report, problems=(), hashes=dict(kept.hashes), left_out=kept.left_out)
+    problems = found.problems or tuple(find_count_problems(spec, found.report))
+    report = replace(found.report, problems=bound(problems), problem_count=len(problems))
+    return replace(found, report=report, problems=problems)
 
 
-def examine_files(
-    spec: TrainSpec, paths: DataPaths, files: tuple[Path, ...], say: Callable[[str], None]
-) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
-    """As `examine_data`, without the problems of the number of rows."""
+def examine_files(spec: TrainSpec, paths: DataPaths, files: tuple[Path, ...], say: Callable[[str], None]) -> DataCheck:
+    """As `check_data`, without the problems of the number of rows."""
     train, held_out = (file if file in files else None for file in (paths.train, paths.evaluation))
     examined = DataExamination(spec, say)
     examined.read(train, held_out, paths.images_of)
     hashes = hash_annotations(examined.tallies) | {path: image.sha256 for path, image in examined.images.items()}
+    listed = tuple(examined.left_out.listed)
     report = DataReport(
         schema=SCHEMA,
-        sha256=hash_data(examined.tallies, hashes),
+        sha256=hash_data(examined.tallies, hashes, hash_left_out(listed)),
         train_rows=examined.count(train) if train else 0,
-        evaluation_rows=examined.count(held_out) if held_out else 0,
+        evaluation_rows=examined.count_held_out(held_out) if held_out else 0,
         images=len(examined.images),
         summary=summarise(examined.samples, examined.images.values(), examined.lengths.lengths()),
         learning=examined.facts.facts(),
+        left_out=count_left_out(listed),
     )
-    return report, in_order(examined.problems), hashes
+    problems = name_roots(in_order(examined.problems), examined.folders, examined.images)
+    return DataCheck(report=report, problems=problems, hashes=hashes, left_out=listed)
 
 
 def prepare(data: DataSpec) -> None:
@@ -118,6 +140,7 @@ def resolve(data: DataSpec) -> DataPaths:
         train=root / train if train else None,
         evaluation=root / evaluation if evaluation else None,
         images=root / images if images else None,
+        rules=rules_of(data),
     )
 
 
@@ -142,10 +165,15 @@ def files_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
     return (("evaluation", True),) if stage.kind == "evaluate" else ()
 
 
-def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
+def find_count_problems(spec: TrainSpec, report: DataReport) -> Iterator[DataProblem]:
     """Of a file to train on: fewer rows than a batch, in which rows would be repeated; and another number than the steps were planned for. A
-    rerun repeats what its record did, and so does a resumed run, unless other data was accepted for it."""
-    data, batch = spec.data, spec.batch
+    rerun repeats what its record did, and so does a resumed run, unless other data was accepted for it. Of any file: no row remains."""
+    data, batch, rows = spec.data, spec.batch, report.train_rows
+    left = report.left_out.get("train left out", 0)
+    without = f" without the {left:,} that are left out" if left else ""
+    if not report.evaluation_rows and report.left_out.get("evaluation left out"):
+        fix = "correct them: data_left_out.jsonl has the reason of each; or leave data.evaluation empty"
+        yield DataProblem(file=data.evaluation, row=0, field="", problem="has no row without those that are left out", fix=fix)
     repeats = spec.expects is not None and "data" not in spec.accepted_changes
     if spec.stage.kind != "train" or data.builtin or repeats:
         return
@@ -153,10 +181,12 @@ def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
         ranks = spec.device.world_size
         size = rows - rows % ranks
         fix = f"set stage.global_batch={size} or less" if size else f"add rows, or use fewer devices: each of {ranks} ranks needs one"
-        problem = f"has {rows:,} rows, fewer than stage.global_batch={batch.global_batch}: a step would train on the same row twice"
+        problem = (
+            f"has {rows:,} rows{without}, fewer than stage.global_batch={batch.global_batch}: a step would train on the same row twice"
+        )
         yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=fix)
     if data.rows and rows != data.rows:
-        problem = f"has {rows:,} rows, but run.epochs was turned into {spec.steps:,} steps for {data.rows:,} rows"
+        problem = f"has {rows:,} rows{without}, but run.epochs was turned into {spec.steps:,} steps for {data.rows:,} rows"
         yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=f"launch it again with data.rows={rows}")
 
 
@@ -184,8 +214,9 @@ def hash_annotations(tallies: Mapping[Path, Sequence[SourceTally]]) -> dict[Path
     return {part: hash_file(part) if part.is_file() else "" for file, found in tallies.items() for part in parts_of(file, found)}
 
 
-def hash_data(tallies: Mapping[Path, Sequence[SourceTally]], hashes: Mapping[Path, str]) -> str:
-    """SHA-256 over the hashes of each annotation file and of the images of its rows, in order. Independent of the paths."""
+def hash_data(tallies: Mapping[Path, Sequence[SourceTally]], hashes: Mapping[Path, str], left_out: str = "") -> str:
+    """SHA-256 over the hashes of each annotation file and of the images of its rows, in order, and of the rows that are left out. Independent of
+    the paths."""
     digest = hashlib.sha256()
     for file, found in tallies.items():
         for part in parts_of(file, found):
@@ -194,6 +225,7 @@ def hash_data(tallies: Mapping[Path, Sequence[SourceTally]], hashes: Mapping[Pat
             for _ in range(tally.times):
                 for picture in tally.pictures:
                     digest.update(picture.encode())
+    digest.update(left_out.encode())
     return digest.hexdigest()
 
 

@@ -4,26 +4,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.contract import DataProblem, InputRefused, Template
 from trainer.data.chat.segment import cut
 from trainer.data.chat.segment_ids import token_ids, tokenise
+from trainer.data.cut import IGNORED, Span, count_cut_images, find_spans
 from trainer.data.rows.sample import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
 NO_TOKEN_IN_LOSS = ("the tokenizer makes no token of the answers, so nothing would be learned", "write a visible answer")  # problem, fix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Two lists of equal length. `labels` are not shifted (the model does that); masked positions are IGNORED."""
+    """Two lists of equal length. `labels` are not shifted (the model does that); masked positions are IGNORED. `cut_images`: how many of the last
+    images of the sample were cut off with its end."""
 
     input_ids: list[int]
     labels: list[int]
+    cut_images: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +43,39 @@ def encode(
     image_token: str,
     spans: Sequence[Sequence[int]],
     max_length: int,
+    *,
+    cuts: bool = False,
 ) -> Encoded:
-    """Ids of the whole conversation; answers and their end marks are labels. `spans`: the ids that replace each image token.
+    """Ids of the whole conversation; answers and their end marks are labels. `spans`: the ids that replace each image token. `cuts`: a longer
+    sample is cut to `max_length` tokens, where that is possible (trainer.data.cut).
 
-    Raises InputRefused for more than `max_length` tokens (nothing is truncated), and for a text without any token in the loss.
+    Raises InputRefused for more than `max_length` tokens, and for a text without any token in the loss.
     """
     segments = cut(sample, template, image_token)
-    pieces = expand(sample, tokenise(tokenizer, segments), image_id(tokenizer, image_token), spans)
+    unexpanded = tokenise(tokenizer, segments)
+    pieces = expand(sample, unexpanded, image_id(tokenizer, image_token), spans)
     start = opening(tokenizer)
     ids = [*start, *chain.from_iterable(pieces)]
     labels = [IGNORED] * len(start)
     for segment, piece in zip(segments, pieces, strict=True):
         labels += piece if segment.in_loss else repeat(IGNORED, len(piece))
+    if cuts and len(ids) > max_length:
+        images = find_spans(unexpanded, image_id(tokenizer, image_token), spans, len(start))
+        return cut_encoded(sample, Encoded(input_ids=ids, labels=labels), images, max_length)
     check_length(sample, len(ids), sum(map(len, spans)), max_length)
     if all(label == IGNORED for label in labels):
         refuse(sample, NO_TOKEN_IN_LOSS)
     return Encoded(input_ids=ids, labels=labels)
+
+
+def cut_encoded(sample: Sample, whole: Encoded, images: Sequence[Span], max_length: int) -> Encoded:
+    """The first `max_length` tokens. `images`: where their tokens are. Raises InputRefused for a sample that cannot be cut there."""
+    try:
+        cut_images = count_cut_images(images, whole.labels, max_length)
+    except ValueError as error:
+        problem, fix = too_long(len(whole.input_ids), sum(end - first for first, end in images), max_length)
+        refuse(sample, (f"{problem}, and cannot be cut: {error}", fix))
+    return Encoded(input_ids=whole.input_ids[:max_length], labels=whole.labels[:max_length], cut_images=cut_images)
 
 
 def encode_prompt(
@@ -123,9 +142,9 @@ def too_long(length: int, image_tokens: int, max_length: int) -> tuple[str, str]
     """(problem, fix)."""
     return (
         f"{length} tokens ({image_tokens} of them for images) are more than data.max_length={max_length}",
-        f"rows are not truncated: set data.max_length={length} if the model and the memory allow it, or split or remove the row",
+        f"set data.max_length={length} if the model and the memory allow it, or data.too_long=skip or cut, or split or remove the row",
     )
 
 
-def refuse(sample: Sample, problem: tuple[str, str]) -> None:
+def refuse(sample: Sample, problem: tuple[str, str]) -> NoReturn:
     raise InputRefused(str(DataProblem(file=sample.file, row=sample.row, field="", problem=problem[0], fix=problem[1])))

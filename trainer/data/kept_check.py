@@ -7,7 +7,7 @@ model's folder are.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from trainer.contract import DataReport, DataSpec, SpecError, TrainSpec, decode, write_text
+from trainer.contract import DataReport, DataSpec, LeftOutRow, SpecError, TrainSpec, decode, write_text
 from trainer.data.kept_folder import kept_folder
+from trainer.data.left_out import decode_rows
 from trainer.data.length import source_of
 from trainer.data.media.image import hash_file
+from trainer.data.rows.row_check import missing_file
 from trainer.data.sources.source import find_sources
 
 FOLDER = "checks"
+KEPT_ROWS = 100_000  # that are left out
 KEPT = 20  # results; the oldest ones are removed
 PACKAGES = ("pillow", "transformers", "tokenizers", "numpy")
 OTHER_KEYS = ("root", "rows", "workers", "packing", "padding_free", "length_aware")  # of the data, which change no result
@@ -32,6 +35,7 @@ OTHER_KEYS = ("root", "rows", "workers", "packing", "padding_free", "length_awar
 class KeptCheck:
     report: DataReport
     hashes: dict[Path, str]
+    left_out: tuple[LeftOutRow, ...] = ()
 
 
 def key_of_check(spec: TrainSpec, files: Mapping[Path, Path]) -> str:
@@ -79,20 +83,31 @@ def find_check(data: DataSpec, key: str) -> KeptCheck | None:
         files: dict[str, list[Any]] = found["files"]
         if any(mark_of(Path(path)) != mark for path, (_, mark) in files.items()):
             return None
-        return KeptCheck(report=decode(DataReport, found["report"]), hashes={Path(path): digest for path, (digest, _) in files.items()})
+        if any(Path(path).exists() for path in found["missing"]):  # the image of a row that was left out is there now
+            return None
+        hashes = {Path(path): digest for path, (digest, _) in files.items()}
+        return KeptCheck(report=decode(DataReport, found["report"]), hashes=hashes, left_out=decode_rows(found["left_out"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SpecError):
         return None
 
 
-def keep_check(data: DataSpec, key: str, report: DataReport, hashes: Mapping[Path, str], *, began_ns: int) -> None:
-    """Not if a file has changed since the check began. A failure is ignored: the data is checked again next time."""
-    if not key:
+def keep_check(
+    data: DataSpec, key: str, report: DataReport, hashes: Mapping[Path, str], left_out: Sequence[LeftOutRow] = (), *, began_ns: int
+) -> None:
+    """Not if a file has changed since the check began, nor if very many rows are left out. A failure is ignored: the data is checked again next
+    time."""
+    if not key or len(left_out) > KEPT_ROWS:
         return
+    missing = sorted({path for row in left_out if (path := missing_file(row.reason))})
+    rows = [asdict(row) for row in left_out]
     with suppress(OSError):
         files = {str(path): (digest, mark_of(path)) for path, digest in hashes.items()}
         if any(max(mark[1], mark[2]) >= began_ns for _, mark in files.values()):
             return
         folder = kept_folder(data, FOLDER)
-        write_text(json.dumps({"report": asdict(report), "files": files}, ensure_ascii=False) + "\n", folder / f"{key}.json")
+        write_text(
+            json.dumps({"report": asdict(report), "files": files, "left_out": rows, "missing": missing}, ensure_ascii=False) + "\n",
+            folder / f"{key}.json",
+        )
         for old in sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[KEPT:]:
             old.unlink(missing_ok=True)

@@ -5,14 +5,16 @@ torch is imported only together with the model's processor, because the import t
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
+from trainer.contract import MODEL, DataProblem, InputRefused, Template, TrainSpec
 from trainer.contract.adapter_files import find_base
 from trainer.data.chat.segment import Segment, cut
 from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
+from trainer.data.cut import IGNORED, Span, count_cut_images, find_spans
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.rows.sample import Sample
 
@@ -22,6 +24,19 @@ if TYPE_CHECKING:
 CHUNK = 512  # samples whose texts and ids are in memory at a time
 SLACK = 8  # tokens that tokenizing a segment separately may add
 REPLACE = "use the tokenizer and processor that belong to the model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One sample. `tokens`, `image_tokens`: of what is used; `whole`: all tokens, more than these if its end is cut off. `trained`: tokens in the
+    loss. `problem`: (problem, fix) of a sample that cannot be used. `too_long`: it has too many tokens, and nothing else is wrong."""
+
+    tokens: int
+    image_tokens: int
+    whole: int
+    trained: int
+    problem: tuple[str, str] | None = None
+    too_long: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +60,17 @@ class LengthTally:
         self.spec, self.processor, self.unmeasured = spec, processor, unmeasured
         self.counter: Counter | None = None
         self.tokens, self.image_tokens, self.trained = array("I"), array("I"), 0
-        self.problems: list[DataProblem] = []
+        self.problems: list[DataProblem] = []  # of the model, and of rows
+        self.too_long: list[DataProblem] = []  # of rows that data.too_long leaves out
+        self.cut: list[tuple[Sample, int]] = []  # and the tokens of the whole sample
 
-    def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]) -> None:
-        if not samples or not self._begin(samples[0].file):
+    def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]], *, training: bool = True) -> None:
+        """`training`: only training samples are cut; of the others the last answer must be whole."""
+        if not samples or not self._begin():
             return
         assert self.counter is not None and self.processor is not None
         for start in range(0, len(samples), CHUNK):
-            self._measure(self.counter, self.processor, samples[start : start + CHUNK], sizes)
+            self._measure(self.counter, self.processor, samples[start : start + CHUNK], sizes, training=training)
 
     def lengths(self) -> Lengths:
         """`unmeasured` without any sample: every row has a problem."""
@@ -62,7 +80,7 @@ class LengthTally:
             tokens=self.tokens, image_tokens=self.image_tokens, trained=self.trained, problems=tuple(self.problems), unmeasured=reason
         )
 
-    def _begin(self, file: str) -> bool:
+    def _begin(self) -> bool:
         """Open the processor with the first samples. Whether there is one."""
         if self.counter is None and not self.problems and not self.unmeasured:
             model = self.spec.model
@@ -71,32 +89,43 @@ class LengthTally:
                 image_id(self.processor.tokenizer, model.image_token)
             except InputRefused as error:
                 problem, _, fix = str(error).partition("\n")
-                at = self.spec.stage.checkpoint or source_of(self.spec)
-                self.problems.append(DataProblem(file=at, row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
+                self.problems.append(model_problem(self.spec, problem, fix.strip() or REPLACE))
             except (ImportError, OSError, ValueError) as error:
                 first = str(error).strip().partition("\n")[0]
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"
             else:
                 tokenizer, limit = self.processor.tokenizer, self.spec.data.max_length
                 self.counter = Counter(tokenizer=tokenizer, template=model.template, image_token=model.image_token, max_length=limit)
-                self.problems += find_mark_problems(self.counter, file)
+                self.problems += find_mark_problems(self.counter, self.spec)
         return self.counter is not None
 
     def _measure(
-        self, counter: "Counter", processor: "Processor", samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]
+        self,
+        counter: "Counter",
+        processor: "Processor",
+        samples: Sequence[Sample],
+        sizes: Callable[[Path], tuple[int, int]],
+        *,
+        training: bool,
     ) -> None:
-        cuts, counts, trained = counter.count(samples)
-        self.trained += trained
-        exact = counter.always_exact()
-        for sample, segments, count in zip(samples, cuts, counts, strict=True):
+        data, exact = self.spec.data, counter.always_exact()
+        for sample, segments, count, trained in zip(samples, *counter.count(samples), strict=True):
             spans = [processor.span(sizes(path), index) for index, path in enumerate(sample.images)]
             images = sum(map(len, spans))
             length = count + images - len(spans)
+            found = Measured(tokens=length, image_tokens=images, whole=length, trained=trained)
             if exact or length + SLACK * len(segments) > counter.max_length:
-                length, found = counter.count_exactly(sample, segments, spans)
-                self.problems += found
-            self.tokens.append(length)
-            self.image_tokens.append(images)
+                found = counter.count_exactly(sample, segments, spans, trained, cuts=training and data.too_long == "cut")
+            if found.problem is not None:
+                skips = found.too_long and (data.too_long == "skip" or (data.too_long == "cut" and not training))
+                (self.too_long if skips else self.problems).append(counter.problem(sample, *found.problem))
+                if skips or data.bad_rows == "skip":
+                    continue
+            if found.tokens < found.whole:
+                self.cut.append((sample, found.whole))
+            self.tokens.append(found.tokens)
+            self.image_tokens.append(found.image_tokens)
+            self.trained += found.trained
 
 
 def open_processor(spec: TrainSpec) -> "Processor":
@@ -138,30 +167,53 @@ class Counter:
     image_token: str
     max_length: int
 
-    def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int], int]:
-        """The segments of each sample, the number of tokens of its whole text, in which an image is one token, and the trained tokens of all."""
+    def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int], list[int]]:
+        """Of each sample: its segments, the number of tokens of its whole text, in which an image is one token, and the trained tokens."""
         cuts = [cut(sample, self.template, self.image_token) for sample in samples]
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
         first = len(opening(self.tokenizer))
-        answers = [segment.text for segments in cuts for segment in segments if segment.in_loss]
-        distinct = list(dict.fromkeys(answers))  # often a few words that occur many times
+        answers = [[segment.text for segment in segments if segment.in_loss] for segments in cuts]
+        distinct = list(dict.fromkeys(chain.from_iterable(answers)))  # often a few words that occur many times
         trained = dict(zip(distinct, count_texts(self.tokenizer, distinct), strict=True))
-        return cuts, [first + count for count in count_texts(self.tokenizer, texts)], sum(trained[answer] for answer in answers)
+        counts = [first + count for count in count_texts(self.tokenizer, texts)]
+        return cuts, counts, [sum(trained[answer] for answer in own) for own in answers]
 
-    def count_exactly(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
-        """The exact length, as of `trainer.data.encode.encode`, and the problems that it would refuse."""
+    def count_exactly(
+        self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]], trained: int, *, cuts: bool = False
+    ) -> Measured:
+        """The exact length, as of `trainer.data.encode.encode`, and the problem that it would refuse."""
         images = sum(map(len, spans))
+        whole = Measured(tokens=images, image_tokens=images, whole=images, trained=trained)
+        unexpanded, image = tokenise(self.tokenizer, segments), image_id(self.tokenizer, self.image_token)
         try:
-            pieces = expand(sample, tokenise(self.tokenizer, segments), image_id(self.tokenizer, self.image_token), spans)
+            pieces = expand(sample, unexpanded, image, spans)
         except InputRefused:
             problem = f"the tokenizer does not find exactly one {self.image_token!r} for each of the {len(spans)} images"
-            return images, [self.problem(sample, problem, "write <image> once for each image, and no text that looks like the image token")]
-        length = len(opening(self.tokenizer)) + sum(map(len, pieces))
+            return replace(whole, problem=(problem, "write <image> once for each image, and no text that looks like the image token"))
+        start = len(opening(self.tokenizer))
+        length = start + sum(map(len, pieces))
+        whole = replace(whole, tokens=length, whole=length)
+        if length > self.max_length and cuts:
+            labels = [IGNORED] * start
+            for segment, piece in zip(segments, pieces, strict=True):
+                labels += piece if segment.in_loss else [IGNORED] * len(piece)
+            return self.cut(whole, find_spans(unexpanded, image, spans, start), labels)
         if length > self.max_length:
-            return length, [self.problem(sample, *too_long(length, images, self.max_length))]
+            return replace(whole, problem=too_long(length, images, self.max_length), too_long=True)
         if not any(piece for segment, piece in zip(segments, pieces, strict=True) if segment.in_loss):
-            return length, [self.problem(sample, *NO_TOKEN_IN_LOSS)]
-        return length, []
+            return replace(whole, problem=NO_TOKEN_IN_LOSS)
+        return whole
+
+    def cut(self, whole: Measured, images: Sequence[Span], labels: Sequence[int]) -> Measured:
+        """What is left of a sample within `max_length`."""
+        limit = self.max_length
+        try:
+            count_cut_images(images, labels, limit)
+        except ValueError as error:
+            problem, fix = too_long(whole.whole, whole.image_tokens, limit)
+            return replace(whole, problem=(f"{problem}, and cannot be cut: {error}", fix))
+        trained = sum(label != IGNORED for label in labels[:limit])
+        return replace(whole, tokens=limit, image_tokens=sum(end - first for first, end in images if end <= limit), trained=trained)
 
     def always_exact(self) -> bool:
         """Whether an answer could have no token at all. With an end mark it always has one."""
@@ -180,11 +232,17 @@ def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(encoding) for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
+def model_problem(spec: TrainSpec, problem: str, fix: str) -> DataProblem:
+    """A fault of the model's files or template: no row is the cause."""
+    at = spec.stage.checkpoint or source_of(spec)
+    return DataProblem(file=f"{MODEL}{spec.model.name}{f' ({at})' if at else ''}", row=0, field="", problem=problem, fix=fix)
+
+
+def find_mark_problems(counter: Counter, spec: TrainSpec) -> Iterator[DataProblem]:
     """An end mark that is not a single token: the model would learn pieces of it, and a server would not recognize the end of an answer."""
     mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
     if len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
         problem = f"the end mark {mark!r} of the model's template is {len(ids)} tokens of the tokenizer, not a single special token"
         fix = "use the tokenizer that belongs to the model, or set model.template.end_mark to the token that ends its answers"
-        yield DataProblem(file=file, row=0, field="", problem=problem, fix=fix)
+        yield model_problem(spec, problem, fix)

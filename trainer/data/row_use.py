@@ -23,7 +23,7 @@ def find_uses(spec: TrainSpec, paths: DataPaths, problems: Iterable[DataProblem]
         if problem.row:
             rows.setdefault(problem.file, set()).add(problem.row)
     file = paths.train
-    if spec.stage.kind != "train" or file is None or not rows:
+    if spec.stage.kind != "train" or file is None or not rows or spec.data.leaves_rows_out:  # then the ranks wait for the check
         return ()
     try:
         samples = index_samples(file, paths.images_of(file), kept_folder(spec.data, INDEX_FOLDER))

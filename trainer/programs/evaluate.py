@@ -22,7 +22,7 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
 from trainer.export.derived_checkpoint import finished_result
 from trainer.observe.memory import MemoryPeaks
-from trainer.programs.inputs import load_samples, open_model, prepare_data
+from trainer.programs.inputs import find_left_out, load_samples, open_model, prepare_data
 from trainer.train.model import BuiltModel, weights_folder
 
 BASE_FILE = "samples_base.jsonl"
@@ -41,7 +41,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     began = time.perf_counter()
     memory = MemoryPeaks(rank.device)
     paths = prepare_data(spec)
-    held_out = read_held_out(spec, paths)
+    held_out = read_held_out(spec, rank, paths)
     journals: list[Journal] = []
     base = {}
     if spec.evaluation.base and held_out.samples:
@@ -63,12 +63,12 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     return finished_result(seconds, scores, samples_per_s=scores.get("count", 0.0) / seconds, weights_sha256=sha256, peaks=memory.report())
 
 
-def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:
+def read_held_out(spec: TrainSpec, rank: Rank, paths: DataPaths) -> HeldOut:
     """Empty if the run has no evaluation or no held-out file. Images without a mark are shown as the weights were trained."""
     if not spec.evaluation.enabled or paths.evaluation is None:
         return HeldOut(samples=(), sha256="")
     return HeldOut(
-        samples=load_samples(paths.evaluation, paths, find_images(spec, weights_folder(spec))),
+        samples=load_samples(paths.evaluation, paths, find_images(spec, weights_folder(spec)), find_left_out(spec, rank, "evaluation")),
         sha256=hash_sources(paths.evaluation, paths.images_of(paths.evaluation)),
     )
 
@@ -82,7 +82,7 @@ def answer_with_base(
 ) -> tuple[dict[str, float], Journal]:
     """The base's scores; its model is freed when this returns. Raises InputRefused."""
     try:
-        held_out = read_held_out(spec, paths)
+        held_out = read_held_out(spec, rank, paths)
         built = open_model(spec, rank, environ)
     except InputRefused as error:
         raise InputRefused(f"run.evaluation.base: {str(error).replace('stage.checkpoint', spec.stage.checkpoint)}") from error

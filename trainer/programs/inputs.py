@@ -1,5 +1,6 @@
 """What a stage starts with: its data and, if it does not train, its weights or model; and the result of such a stage."""
 
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,13 @@ from trainer.contract import (
 )
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
+from trainer.data.left_out import NOTHING, Rows, Use, find_others, hash_left_out, leave_out, read_left_out, rows_left_out
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
 from trainer.data.rows.sample import Sample, Samples, read_samples
 from trainer.data.sources.source import hash_sources
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
+from trainer.distributed.collective import broadcast_object
 from trainer.export.derived_checkpoint import require_full_weights
 from trainer.kernels.fused import use_kernels
 from trainer.models import find_family
@@ -42,30 +45,90 @@ def prepare_data(spec: TrainSpec) -> DataPaths:
     return resolve(spec.data)
 
 
-def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEED) -> tuple[Sample, ...]:
-    """Raises InputRefused with every problem: skipping bad rows would silently change the data set. `form`: of images in rows to ask."""
+def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEED, left_out: Rows = NOTHING) -> tuple[Sample, ...]:
+    """Raises InputRefused with every problem: skipping bad rows would silently change the data set. `form`: of images in rows to ask. `left_out`: rows
+    that the data check has left out, with their problems."""
     if file is None:
         return ()
-    samples, problems = read_samples(file, paths.images_of(file), form)
-    if problems:
-        raise InputRefused("\n".join(describe_groups(problems, SHOWN_CAUSES)))
-    return samples
+    samples, problems = read_samples(file, paths.images_of(file), form, paths.rules)
+    if others := find_others(problems, left_out):
+        changed = "" if not left_out else f"\n{file} has changed since the data check, which did not find these problems"
+        raise InputRefused("\n".join(describe_groups(others, SHOWN_CAUSES)) + changed)
+    return tuple(sample for sample in samples if sample.row not in left_out.get(sample.file, ()))
 
 
-def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, str]:
+def load_training_samples(spec: TrainSpec, paths: DataPaths, left_out: Rows = NOTHING) -> tuple[Samples, str]:
     """The samples to train on, and the hash of their files. Rows of large files are read when they are used, and checked by the data check only.
     Raises InputRefused."""
     file, images = paths.train, paths.images_of(paths.train) if paths.train else Path()
     if file is None:
         return (), ""
     try:
-        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER))
+        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER), paths.rules)
     except OSError as error:
         raise InputRefused(f"{file} cannot be read: {error}\n    set data.train to the path of a readable file") from error
     if indexed is None:
-        return load_samples(file, paths), hash_sources(file, images)
-    print(f"{file.name}: {len(indexed):,} rows, read when they are used", flush=True)
-    return indexed, hash_sources(file, images, indexed.hash_of)
+        return load_samples(file, paths, left_out=left_out), hash_sources(file, images)
+    samples = leave_out(indexed, left_out)
+    print(f"{file.name}: {len(samples):,} rows, read when they are used", flush=True)
+    return samples, hash_sources(file, images, indexed.hash_of)
+
+
+def begin_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, str]:
+    """As `load_training_samples`. With options that leave rows out no samples yet: the data check decides which, while the model is loaded."""
+    return ((), hash_training_files(paths)) if spec.data.leaves_rows_out else load_training_samples(spec, paths)
+
+
+def finish_samples(spec: TrainSpec, paths: DataPaths, rank: Rank, samples: Samples) -> Samples:
+    """Those of `begin_samples`, or those that the data check has not left out. Every rank must call it. Raises InputRefused."""
+    if not spec.data.leaves_rows_out:
+        return samples
+    return load_training_samples(spec, paths, find_left_out(spec, rank, "train"))[0]
+
+
+def load_held_out(spec: TrainSpec, paths: DataPaths, rank: Rank, form: ImageForm) -> tuple[Sample, ...]:
+    """() for a run without evaluation. Every rank must call it. Raises InputRefused."""
+    if not spec.evaluation.enabled:
+        return ()
+    return load_samples(paths.evaluation, paths, form, find_left_out(spec, rank, "evaluation"))
+
+
+def hash_training_files(paths: DataPaths) -> str:
+    """The hash that `load_training_samples` returns, without reading rows. Raises InputRefused."""
+    if paths.train is None:
+        return ""
+    try:
+        return hash_sources(paths.train, paths.images_of(paths.train))
+    except OSError as error:
+        raise InputRefused(f"{paths.train} cannot be read: {error}\n    set data.train to the path of a readable file") from error
+
+
+def find_left_out(spec: TrainSpec, rank: Rank, use: Use) -> Rows:
+    """The rows that the data check leaves out, the same on every rank: each waits until the check has passed. Every rank must call it. Raises
+    InputRefused."""
+    if not spec.data.leaves_rows_out:
+        return NOTHING
+    folder = Path(spec.output)
+    if (folder / DATA_PENDING_FILE).exists():
+        print(f"waiting for the data check: it decides which rows data.{named_option(spec)} leaves out", flush=True)
+    while (folder / DATA_PENDING_FILE).exists():
+        time.sleep(CHECK_POLL_S)
+    listed = read_left_out(folder)
+    refuse_other_rows(hash_left_out(listed), rank)
+    return rows_left_out(listed, use)
+
+
+def named_option(spec: TrainSpec) -> str:
+    return "bad_rows=skip" if spec.data.bad_rows == "skip" else f"too_long={spec.data.too_long}"
+
+
+def refuse_other_rows(digest: str, rank: Rank) -> None:
+    """Raises InputRefused on a rank that would leave out other rows than rank 0."""
+    if rank.world_size > 1 and broadcast_object(digest) != digest:
+        raise InputRefused(
+            f"rank {rank.number} on {socket.gethostname()} would leave out other rows than rank 0, since the data check found other problems there. "
+            "Let the nodes have the same files and images, and start again."
+        )
 
 
 def wait_for_data_check(folder: Path, rows: int) -> None:

@@ -23,7 +23,7 @@ from trainer.export.probe import open_on_meta
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.convert import compare_logits
-from trainer.programs.inputs import load_samples, open_weights, prepare_data
+from trainer.programs.inputs import find_left_out, load_samples, open_weights, prepare_data
 from trainer.tensor.int8 import QuantizationLoss, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
 from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
@@ -42,7 +42,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     chosen = choose_weights(meta_model, spec, names, sources)
     if wanted.scheme == "nf4":
         return write_nf4_checkpoint(spec, rank, lineage, folder, meta_model, frozenset(names[name] for name in chosen))
-    power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted, lineage.images), frozenset(names[name] for name in chosen))
+    power = measure_inputs(
+        spec, rank, folder, calibration_samples(spec, rank, wanted, lineage.images), frozenset(names[name] for name in chosen)
+    )
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
     memory.enter("saving")
@@ -111,12 +113,12 @@ def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, T
     return tensors
 
 
-def calibration_samples(spec: TrainSpec, wanted: Quantization, form: ImageForm) -> tuple:
+def calibration_samples(spec: TrainSpec, rank: Rank, wanted: Quantization, form: ImageForm) -> tuple:
     """Evenly spread over the training rows."""
     if not wanted.calibration:
         return ()
     paths = prepare_data(spec)
-    samples = load_samples(paths.train, paths, form)
+    samples = load_samples(paths.train, paths, form, find_left_out(spec, rank, "train"))
     step = max(1, len(samples) // wanted.calibration)
     return samples[::step][: wanted.calibration]
 
@@ -134,7 +136,8 @@ def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToW
 def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path, form: ImageForm) -> dict[str, float]:
     """The run's evaluation of both; {} without held-out rows."""
     paths = prepare_data(spec)
-    held_out = load_samples(paths.evaluation, paths, form) if spec.evaluation.enabled else ()
+    left_out = find_left_out(spec, rank, "evaluation")
+    held_out = load_samples(paths.evaluation, paths, form, left_out) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
     found = {}

@@ -20,7 +20,7 @@ from trainer.evaluation.evaluate import StopCheck, evaluate
 from trainer.observe.memory import MemoryPeaks
 from trainer.observe.tracker import open_trackers
 from trainer.programs.environment import write_environment
-from trainer.programs.inputs import load_samples, load_training_samples, prepare_data, wait_for_data_check
+from trainer.programs.inputs import begin_samples, finish_samples, load_held_out, prepare_data, wait_for_data_check
 from trainer.train.loop import Progress, stop_on_signals
 from trainer.train.model import build_model
 from trainer.train.step_hooks import Job, make_evaluation_row, record_evaluation, samples_file
@@ -30,7 +30,7 @@ from trainer.train.steps import progress_of, run_steps, saved_checkpoint
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     memory = MemoryPeaks(rank.device)
     paths = prepare_data(spec)
-    samples, sha256 = load_training_samples(spec, paths)
+    samples, sha256 = begin_samples(spec, paths)
     start = choose_resume_point(spec, sha256)
     spec = replace(spec, earlier_steps=start.checkpoint.window_ends if start.checkpoint else ())
     built = build_model(spec, rank, start)
@@ -38,8 +38,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         partition_model(built.staged.model, spec, rank.torch_device)
     engine = start_engine(built.staged.model, spec, rank.torch_device, rates=built.staged.rates)
     write_environment(spec, rank, environ, lineage=built.lineage, built=built, engine=engine)
+    samples = finish_samples(spec, paths, rank, samples)
     lineage = replace(built.lineage, images=most_frequent(questions_of(samples)) or built.lineage.images)
-    held_out = load_samples(paths.evaluation, paths, lineage.images) if spec.evaluation.enabled else ()
+    held_out = load_held_out(spec, paths, rank, lineage.images)
 
     def score(file: str, stop_requested: StopCheck | None) -> dict[str, float]:
         """{} if the run has no evaluation or no held-out file."""

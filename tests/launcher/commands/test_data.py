@@ -8,9 +8,10 @@ import pytest
 
 from launcher.cli import main
 from launcher.commands import data as data_action
-from launcher.commands.data import describe_data, describe_few_rows, describe_problems, name_stage, refusal
+from launcher.commands.data import describe_data, describe_few_rows, describe_problems, name_stage
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.plan.plan import Plan
+from launcher.plan.usable_rows import refusal
 from trainer.contract import SCHEMA, CommonAnswer, DataProblem, DataReport, DataSummary, Exit, LearningFacts, decode
 
 ROWS = 60  # of a file in which every row is bad: no tokenizer is needed then, nor seconds to import it

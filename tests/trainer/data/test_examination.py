@@ -71,7 +71,7 @@ def test_the_result_does_not_depend_on_the_parts(
     paths = resolve(alone.data)
     whole = examine_files(alone, paths, (file,), print)
     monkeypatch.setattr(examination, "CHUNK", chunk)
-    assert examine_files(alone, paths, (file,), print) == whole and [problem.row for problem in whole[1]] == [5, 10]
+    assert examine_files(alone, paths, (file,), print) == whole and [problem.row for problem in whole.problems] == [5, 10]
 
 
 def test_a_long_check_says_how_far_it_is(spec: TrainSpec, write_data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,10 @@ def measure(samples: list[Sample], sizes: dict[Path, tuple[int, int]], spec: Any
 def measure_with(
     processor: Any, samples: list[Sample], sizes: dict[Path, tuple[int, int]], template: Any, image_token: str, *, max_length: int
 ) -> Lengths:
-    model, data = SimpleNamespace(template=template, image_token=image_token), SimpleNamespace(max_length=max_length)
-    return measure(samples, sizes, SimpleNamespace(model=model, data=data), processor)
+    model = SimpleNamespace(name="whale", template=template, image_token=image_token)
+    data = SimpleNamespace(max_length=max_length, too_long="refuse", bad_rows="refuse")
+    spec = SimpleNamespace(model=model, data=data, stage=SimpleNamespace(checkpoint="weights"))
+    return measure(samples, sizes, spec, processor)
 
 
 def by_size(processor: Any) -> Any:
@@ -89,7 +91,7 @@ def test_the_limit_is_exact(processor: Any) -> None:
 def test_an_end_mark_of_several_tokens_is_a_problem(processor: Any) -> None:
     split = replace(VICUNA, end_mark="<|end of this|>")
     (problem,) = measure_with(processor, [talk("a", "b")], SIZES, split, "<image>", max_length=99).problems
-    assert (problem.file, problem.row) == ("rows.json", 0)
+    assert (problem.file, problem.row) == ("model whale (weights)", 0), "no row is the cause"
     assert "the end mark '<|end of this|>' of the model's template is " in problem.problem
     none = replace(VICUNA, end_mark="")
     assert measure_with(processor, [talk("a", "b")], SIZES, none, "<image>", max_length=99).problems == ()

@@ -40,8 +40,9 @@ def collate(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, 
     Raises InputRefused with file and row for a sample that cannot be encoded or an image that cannot be opened.
     """
     cache = Cache(0) if cache is None else cache
-    images = [load_images(sample, processor, spec, cache) for sample in samples]
-    texts = [encode_cached(sample, processor, spec, found, cache) for sample, found in zip(samples, images, strict=True)]
+    loaded = [load_images(sample, processor, spec, cache) for sample in samples]
+    texts = [encode_cached(sample, processor, spec, found, cache) for sample, found in zip(samples, loaded, strict=True)]
+    images = [found[: len(found) - text.cut_images] for found, text in zip(loaded, texts, strict=True)]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     padding = pad_rows([text.input_ids for text in texts], dummy, processor)
     rows = [(text, dummy_ids + pads) for text, (dummy_ids, pads) in zip(texts, padding, strict=True)]
@@ -124,7 +125,7 @@ def feature_bytes(features: Features) -> int:
 
 def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, images: Sequence[Features], cache: Cache) -> Encoded:
     def make() -> Encoded:
-        return encode(sample, *encode_arguments(processor, spec, images))
+        return encode(sample, *encode_arguments(processor, spec, images), cuts=spec.data.too_long == "cut")
 
     key = (
         sample.file,

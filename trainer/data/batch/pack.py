@@ -108,7 +108,8 @@ def sample_block(sample: Sample, processor: "Processor", spec: TrainSpec, cache:
     """The first label is masked: the token before it belongs to another sample and must not learn to predict it."""
     images = load_images(sample, processor, spec, cache)
     text = encode_cached(sample, processor, spec, images, cache)
-    return TokenBlock(input_ids=text.input_ids, labels=[IGNORED, *text.labels[1:]], images=images, useful=True, sample=sample)
+    kept = images[: len(images) - text.cut_images]
+    return TokenBlock(input_ids=text.input_ids, labels=[IGNORED, *text.labels[1:]], images=kept, useful=True, sample=sample)
 
 
 def dummy_block(processor: "Processor", spec: TrainSpec, cache: Cache) -> TokenBlock:

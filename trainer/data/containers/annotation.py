@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import is_list
+from trainer.data.containers.syntax_advice import advise
 
 # The two usual syntax errors of annotation files that were written by hand or with Python's str().
 SYNTAX_HELP = "JSON requires double quotes and no comma before a closing bracket; to find the error, run: python -m json.tool {file}"
@@ -103,7 +104,7 @@ def stream_list(file: Path, text: str, opened: TextIO) -> Iterator[Found]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise
-        yield file_problem(file, describe_list(file, error), SYNTAX_HELP.format(file=file))
+        yield file_problem(file, describe_list(file, error), advise(file))
         return
     if not count:
         yield file_problem(file, "is an empty list", ONE_ROW_EACH)

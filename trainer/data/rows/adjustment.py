@@ -14,6 +14,8 @@ from typing import Any
 from trainer.contract import ImageForm
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
 from trainer.data.rows.row_images import insert_marks, join_parts
+from trainer.data.rows.row_rules import DEFAULT, RowRules
+from trainer.data.rows.turn_order import LEARNED_LAST, MARKED_FIRST, MARKED_LAST, learn_last, order_turns
 
 # What chat templates end an answer with. The template of the model adds its own, so that one in the data would be trained twice.
 # tests/conf/test_conf.py: those of all models of conf/model.
@@ -24,6 +26,7 @@ END_MARK = "end mark in the text of an answer, removed"
 ENCLOSED = re.compile(r"<image>\s*(?P<path>[^<>\n]+?)\s*</image>[ \t]*\n?")
 LEADING = re.compile(r"\s*(?:<image>\s*)?(?P<path>\S[^<>\n]*?\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?=\s|$)\s*", re.IGNORECASE)
 SHOWN = 60  # characters of each text of a rewritten row
+SEVERAL = {"first": ImageForm(between="\n"), "last": ImageForm(place="after", between="\n")}
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
@@ -36,15 +39,30 @@ class PathInText:
     text: str
 
 
-def adjust(parsed: ParsedRow, form: ImageForm) -> tuple[ParsedRow, tuple[str, ...]]:
+def adjust(parsed: ParsedRow, form: ImageForm, rules: RowRules = DEFAULT) -> tuple[ParsedRow, tuple[str, ...]]:
     """The row as it was meant, and what was changed. `form`: of an image without a mark."""
     if parsed.turns is None:
         return parsed, ()
-    placed = IMAGE_FIRST if form.place == "before" else IMAGE_LAST
-    marked = insert_marks(parsed.turns, 1, form) if len(parsed.images) == 1 else parsed.turns
-    turns = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in marked)
-    changes = ((placed, marked != parsed.turns), (END_MARK, turns != marked))
-    return replace(parsed, turns=join_parts(turns, form)), tuple(name for name, changed in changes if changed)
+    ended = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in parsed.turns)
+    ordered, reordered = order_turns(replace(parsed, turns=ended), rules)
+    marked, placed = place_marks(ordered.turns or (), len(ordered.images), form, rules)
+    turns = learn_last(marked) if rules.learn == "last" else marked
+    changes = (*placed, *((END_MARK,) if ended != parsed.turns else ()), *reordered, *((LEARNED_LAST,) if turns != marked else ()))
+    return replace(ordered, turns=join_parts(turns, form)), changes
+
+
+def place_marks(turns: tuple[Turn, ...], images: int, form: ImageForm, rules: RowRules) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The turns with a mark for an image without one, and for several where the rules say so: all before or after the first question, each on a
+    line of its own. ms-swift puts them first with nothing between (template/base.py, _add_default_tags)."""
+    if images == 1:
+        names = IMAGE_FIRST if form.place == "before" else IMAGE_LAST
+        marked = insert_marks(turns, 1, form)
+    elif images > 1 and rules.unmarked != "refuse":
+        names = MARKED_FIRST if rules.unmarked == "first" else MARKED_LAST
+        marked = insert_marks(turns, images, SEVERAL[rules.unmarked])
+    else:
+        return turns, ()
+    return marked, (names,) if marked != turns else ()
 
 
 def without_end_mark(answer: str) -> str:

@@ -7,12 +7,14 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.contract import DataProblem, InputRefused
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import describe
 from trainer.data.containers.row_index import RowIndex, open_index
 from trainer.data.media.image import hash_file
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.rows.sample import Sample, read_row, split_row
 from trainer.data.sources.source import AnnotationSource, find_sources
 
@@ -68,6 +70,18 @@ class IndexedSamples:
         """The hash of a file: that of an annotation file is in its index. Raises OSError."""
         return next((each.index.sha256 for each in self.sources if each.source.file == file), "") or hash_file(file)
 
+    def find_numbers(self, rows: Mapping[str, Collection[int]]) -> NDArray[np.int64]:
+        """The numbers of all samples of these rows of each file, in order."""
+        found = [np.empty(0, np.int64)]
+        for each, end in zip(self.sources, self.ends, strict=True):
+            wanted = np.fromiter(rows.get(str(each.source.file), ()), np.int64)
+            places = np.flatnonzero(np.isin(each.index.entries["row"], wanted))
+            first = end - len(each)
+            times = -(-len(each) // max(1, len(each.index)))
+            numbers = np.concatenate([first + time * len(each.index) + places for time in range(times)] or found)
+            found.append(numbers[numbers < end])
+        return np.concatenate(found)
+
     def find_rows(self, rows: Mapping[str, Collection[int]]) -> Iterator[tuple[int, str, int]]:
         """(number, file, row) of the first sample of each conversation in these rows of each file."""
         for each, end in zip(self.sources, self.ends, strict=True):
@@ -79,15 +93,15 @@ class IndexedSamples:
                     yield end - len(each) + int(place), name, int(numbers[place])
 
 
-def open_samples(file: Path, images: Path, folder: Path) -> IndexedSamples | None:
+def open_samples(file: Path, images: Path, folder: Path, rules: RowRules = DEFAULT) -> IndexedSamples | None:
     """The samples by index, if the files are large; None for those that are read whole, and those with a problem that reading them reports.
     `folder`: for the indexes. Raises OSError, InputRefused."""
-    sources, problems = find_sources(file, images)
+    sources, problems = find_sources(file, images, rules)
     size = sum(source.file.stat().st_size if source.file.is_file() else 0 for source in sources)
-    return None if problems or size < LARGE_BYTES else index_samples(file, images, folder)
+    return None if problems or size < LARGE_BYTES else index_samples(file, images, folder, rules)
 
 
-def index_samples(file: Path, images: Path, folder: Path) -> IndexedSamples:
+def index_samples(file: Path, images: Path, folder: Path, rules: RowRules = DEFAULT) -> IndexedSamples:
     """Raises OSError, and InputRefused for a list that is not JSON."""
-    sources, _ = find_sources(file, images)
+    sources, _ = find_sources(file, images, rules)
     return IndexedSamples([IndexedSource(source=source, index=open_index(source.file, folder)) for source in sources])

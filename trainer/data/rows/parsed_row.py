@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
+
+from trainer.contract.wording import shorten_values
 
 Role = Literal["system", "user", "assistant", "tool"]
 Row = dict[str, Any]
 AddProblem = Callable[[str, str, str], None]  # (field, problem, fix)
 
 MARK = "<image>"
+SHOWN, SHOWN_KEYS = 80, 12  # characters of a value, and keys of an object, in a message
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 
@@ -71,8 +75,13 @@ def ends_with_question(roles: Sequence[Role]) -> bool:
 
 
 def printable(text: str) -> str:
-    """With unpaired surrogates escaped: JSON may contain them, but they cannot be encoded as UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """With unpaired surrogates escaped: JSON may contain them, but they cannot be encoded as UTF-8. Long values are shortened."""
+    return shorten_values(text).encode("utf-8", "backslashreplace").decode()
+
+
+def quote(value: Any) -> str:
+    """A value of a row, in a message."""
+    return shorten(repr(value[:SHOWN] if isinstance(value, str) else value), SHOWN)
 
 
 def shorten(text: str, most: int) -> str:
@@ -81,4 +90,6 @@ def shorten(text: str, most: int) -> str:
 
 
 def keys_of(item: Row) -> str:
-    return ", ".join(map(repr, item)) or "none"
+    """The first ones: a table may have thousands of columns."""
+    shown = ", ".join(quote(key) for key in islice(item, SHOWN_KEYS)) or "none"
+    return f"{shown} and {len(item) - SHOWN_KEYS:,} more" if len(item) > SHOWN_KEYS else shown

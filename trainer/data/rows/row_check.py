@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.contract.wording import plural
-from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind
+from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, quote
 from trainer.data.rows.row_images import IMAGE_KEYS
 
 OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
@@ -25,6 +25,7 @@ IMAGE_MEANT = {
     "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
     "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
 }  # fmt: skip
+NO_FILE = "no image file at "
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
@@ -92,8 +93,13 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
     if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
-        problem = f"no image file at {folder / path_text(image.name)}"
+        problem = f"{NO_FILE}{folder / path_text(image.name)}"
         add_problem(image.field, problem, f"put the file there, or set data.images (now {folder}) to the folder of the images")
+
+
+def missing_file(problem: str) -> str:
+    """The path that a problem says is not there; '' for another problem."""
+    return problem.removeprefix(NO_FILE) if problem.startswith(NO_FILE) else ""
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
@@ -119,7 +125,7 @@ def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> boo
     if parsed.images or wrong is None or any(row.get(key) for key in IMAGE_KEYS):
         return True
     meant = IMAGE_MEANT[wrong.lower()]
-    add_problem(wrong, f"unknown key {wrong!r}: did you mean {meant!r}?", f"rename the key to {meant}")
+    add_problem(wrong, f"unknown key {quote(wrong)}: did you mean {meant!r}?", f"rename the key to {meant}")
     return False
 
 

@@ -3,9 +3,8 @@
 An invalid row is reported and left out. It does not stop the reading and is never replaced by another row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
 from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.source import AnnotationSource, find_sources
 
 __all__ = ["MARK", "Message", "Role", "Sample", "Samples", "read_samples"]
@@ -54,6 +54,15 @@ class Sample:
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One conversation of row `row`: its sample, or None and its problems. Row 0: a problem of the whole file."""
+
+    row: int
+    sample: Sample | None
+    problems: tuple[DataProblem, ...]
+
+
 class Samples(Protocol):
     """Samples by number, from 0: a tuple, or `trainer.data.rows.indexed_samples.IndexedSamples`."""
 
@@ -61,17 +70,26 @@ class Samples(Protocol):
     def __getitem__(self, number: int, /) -> Sample: ...
 
 
-def read_samples(file: Path, images: Path, form: ImageForm = LINE_FEED) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def read_samples(
+    file: Path, images: Path, form: ImageForm = LINE_FEED, rules: RowRules = DEFAULT
+) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
     paths start at `images`. `form`: of rows to ask: that of the rows that the model was trained on."""
-    sources, found = find_sources(file, images)
+    sources, found = find_sources(file, images, rules)
     samples: list[Sample] = []
     problems = list(found)
     for source in sources:
         read, wrong = read_source(source, form)
-        samples += islice(cycle(read), count_repeated(len(read), source.repeat))
+        samples += chosen_samples(read, source.repeat)
         problems += wrong
     return tuple(samples), tuple(problems)
+
+
+def chosen_samples(read: Sequence[Conversation], repeat: float) -> list[Sample]:
+    """The valid ones, as often as they are used. A part of a file is the first part of its conversations, valid or not: leaving out one that is not
+    valid brings no other one in."""
+    used = read[: count_repeated(len(read), repeat)] if repeat < 1 else read
+    return [each.sample for each in used if each.sample is not None] * max(1, int(repeat))
 
 
 def questions_of(samples: Samples) -> Iterator[str]:
@@ -81,32 +99,28 @@ def questions_of(samples: Samples) -> Iterator[str]:
     return (message.content for sample in chosen for message in sample.messages if message.role == "user")
 
 
-def read_source(source: AnnotationSource, form: ImageForm) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def read_source(source: AnnotationSource, form: ImageForm) -> tuple[tuple[Conversation, ...], tuple[DataProblem, ...]]:
+    """Of a file that is not JSON there is no conversation."""
     rows, file_problems = read_rows(source.file)
-    samples: list[Sample] = []
-    problems = list(file_problems)
-    for number, row in rows:
-        for found in read_parts(row, number, source, form):
-            (samples if isinstance(found, Sample) else problems).append(found)  # type: ignore[arg-type]
-    return tuple(samples), tuple(problems)
+    read = tuple(each for number, row in rows for each in read_parts(row, number, source, form))
+    unread = [Conversation(row=problem.row, sample=None, problems=()) for problem in file_problems if problem.row]
+    ordered = tuple(sorted((*read, *unread), key=lambda each: each.row)) if unread else read
+    return ordered, (*file_problems, *(problem for each in read for problem in each.problems))
 
 
-def stream_source(source: AnnotationSource, position: Position | None = None) -> Iterator[Sample | DataProblem]:
-    """The valid samples and the problems of a file, in its order, without the whole file in memory. `position` is kept up to date."""
+def stream_source(source: AnnotationSource, position: Position | None = None) -> Iterator[Conversation]:
+    """The conversations of a file, in its order, without the whole file in memory. `position` is kept up to date."""
     for found in stream_rows(source.file, position):
         if isinstance(found, DataProblem):
-            yield found
+            yield Conversation(row=found.row, sample=None, problems=(found,))
         else:
             yield from read_parts(found[1], found[0], source)
 
 
-def read_parts(row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED) -> Iterator[Sample | DataProblem]:
-    """The samples of a row, or the problems of each."""
+def read_parts(row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED) -> Iterator[Conversation]:
     for part, name, item in split_row(row):
         sample, problems = read_row(item, number, source, form, part=part, prefix=name)
-        yield from problems
-        if sample:
-            yield sample
+        yield Conversation(row=number, sample=sample, problems=tuple(problems))
 
 
 def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
@@ -133,7 +147,7 @@ def read_row(
     refuse_unread(row, add_problem)
     parsed, adjustments = parse_row(row, add_problem), ()
     if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
-        parsed, adjustments = adjust(parsed, form)
+        parsed, adjustments = adjust(parsed, form, source.rules)
         check_parsed(parsed, row, source.images, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Role, Row, Turn, keys_of, kind
+from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Role, Row, Turn, keys_of, kind, quote
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # Of a block {"type": "image", KEY: path}: transformers' chat templates use the first three, ms-swift and OpenAI the last.
@@ -36,7 +36,7 @@ def read_turn(item: Any, field: str, add_problem: AddProblem) -> Read | None:
         return None
     role = item[role_key]
     if not isinstance(role, str) or role not in ROLES:
-        add_problem(f"{field}.{role_key}", f"unknown role {role!r}", f"valid roles: {', '.join(ROLES)}")
+        add_problem(f"{field}.{role_key}", f"unknown role {quote(role)}", f"valid roles: {', '.join(ROLES)}")
         return None
     content = read_content(item[text_key], f"{field}.{text_key}", add_problem)
     in_loss = read_loss(item, ROLES[role], field, add_problem) if "loss" in item else True
@@ -96,7 +96,7 @@ def describe_block(block: Row, given: list[str]) -> str:
     if len(given) > 1:
         return f"has more than one image path: {' and '.join(given)}"
     if isinstance(block.get("type"), str) and block["type"] not in IMAGE_TYPES:
-        return f"has the type {block['type']!r}; only text and images are supported"
+        return f"has the type {quote(block['type'])}; only text and images are supported"
     return f"has the keys {keys_of(block)}"
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import read_meta
 from trainer.data.media.image import hash_file
-from trainer.data.rows.parsed_row import Row, keys_of, kind
+from trainer.data.rows.parsed_row import Row, keys_of, kind, quote
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.column_map import Columns, find_columns
 
 # Keys that would change the training: the values that are allowed, why, and the fix.
@@ -28,20 +29,21 @@ UNREAD = {
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource:
     """One annotation file. `images`: the folder that its image paths start at. `repeat`: how often its rows are used; below 1 the first part of
-    them. `columns`: other names of its keys."""
+    them. `columns`: other names of its keys. `rules`: how its rows are read."""
 
     file: Path
     images: Path
     repeat: float = 1.0
     columns: Columns | None = None
+    rules: RowRules = DEFAULT
 
 
-def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
+def find_sources(file: Path, images: Path, rules: RowRules = DEFAULT) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
     """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem."""
     meta = read_meta(file)
     if meta is None:
         columns, problems = find_columns(file)
-        return (AnnotationSource(file=file, images=images, columns=columns),), problems
+        return (AnnotationSource(file=file, images=images, columns=columns, rules=rules),), problems
     sources: list[AnnotationSource] = []
     found: list[DataProblem] = []
     for name, entry in meta.items():
@@ -55,7 +57,8 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...]
             columns, problems = find_columns(annotation)
             found += problems
             root = images / entry.get("root", "")
-            sources.append(AnnotationSource(file=annotation, images=root, repeat=entry.get("repeat_time", 1), columns=columns))
+            repeat = entry.get("repeat_time", 1)
+            sources.append(AnnotationSource(file=annotation, images=root, repeat=repeat, columns=columns, rules=rules))
     return tuple(sources), tuple(found)
 
 
@@ -71,14 +74,14 @@ def find_entry_faults(entry: Any) -> list[tuple[str, str, str]]:
 def find_number_faults(entry: Row) -> list[tuple[str, str, str]]:
     repeat, faults = entry.get("repeat_time", 1), []
     if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not 0 < repeat < 1e6 or (repeat > 1 and repeat != int(repeat)):
-        faults.append((".repeat_time", f"is {repeat!r}", "write a whole number from 1, or a fraction between 0 and 1"))
+        faults.append((".repeat_time", f"is {quote(repeat)}", "write a whole number from 1, or a fraction between 0 and 1"))
     if not isinstance(entry.get("root", ""), str):
         faults.append((".root", f"is {kind(entry['root'])}, not a path", "write the folder that its image paths start at"))
     return faults
 
 
 def find_unread(entry: Row) -> list[tuple[str, str, str]]:
-    return [(f".{key}", f"{entry[key]!r}: {why}", fix) for key, (valid, why, fix) in UNREAD.items() if entry.get(key) not in valid]
+    return [(f".{key}", f"{quote(entry[key])}: {why}", fix) for key, (valid, why, fix) in UNREAD.items() if entry.get(key) not in valid]
 
 
 def hash_sources(file: Path, images: Path, hash_of: Callable[[Path], str] = hash_file) -> str:

@@ -1,0 +1,23 @@
+"""How rows are read where the user has a choice: options of `data.` (trainer.contract.DataSpec)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.contract import DataSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRules:
+    """`unmarked`, `turns`, `learn`: of several images without marks, of messages in another order, and of earlier answers
+    (trainer.data.rows.turn_order)."""
+
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
+
+
+DEFAULT = RowRules()
+
+
+def rules_of(data: DataSpec) -> RowRules:
+    return RowRules(unmarked=data.unmarked, turns=data.turns, learn=data.learn)
