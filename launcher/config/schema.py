@@ -262,6 +262,9 @@ class Data:
     unmarked: Literal["refuse", "first", "last"] = "refuse"
     turns: Literal["strict", "trim", "join"] = "strict"
     learn: Literal["all", "last"] = "all"
+    image_place: Literal["row", "front", "bare"] = (
+        "row"  # images of a question: as in the row, at its beginning (LLaVA), without white space (Qwen)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -58,7 +58,7 @@ STAGE_KEYS = (
     *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),
 )
-ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn")
+ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn", "image_place")
 DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation", *ROW_KEYS)
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),

@@ -186,7 +186,7 @@ class DataSpec:
     `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
     `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
-    `turns`, `learn`: how rows are read (trainer.data.rows.row_rules).
+    `turns`, `learn`, `image_place`: how rows are read (trainer.data.rows.row_rules).
     """
 
     name: str
@@ -209,6 +209,7 @@ class DataSpec:
     unmarked: Literal["refuse", "first", "last"] = "refuse"
     turns: Literal["strict", "trim", "join"] = "strict"
     learn: Literal["all", "last"] = "all"
+    image_place: Literal["row", "front", "bare"] = "row"
 
     @property
     def leaves_rows_out(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -28,6 +28,7 @@ from trainer.data.batch.collate import encode_cached
 from trainer.data.batch.load import image_sizes
 from trainer.data.length import open_processor
 from trainer.data.processor import Processor
+from trainer.data.rows.row_rules import rules_of
 from trainer.data.rows.sample import Sample, read_samples
 
 Outcome = Literal["equal", "both refuse", "ids differ", "labels differ", "refused by us", "refused by the peer"]
@@ -48,7 +49,7 @@ def compare(each: PeerSet, model: Path, expected: Mapping[int, Expected] | None 
     theirs = read_expected(each) if expected is None else expected
     spec = train_spec(each, model)
     processor = open_once(each.model, model)
-    samples, problems = read_samples(each.file, each.folder)
+    samples, problems = read_samples(each.file, each.folder, rules=rules_of(spec.data))
     ours = {sample.row: sample for sample in samples}
     return tuple(compare_row(row, each, spec, processor, ours.get(row), problems, made) for row, made in theirs.items())
 
@@ -136,7 +137,8 @@ def open_once(name: str, folder: Path) -> Processor:
 
 
 def train_spec(each: PeerSet, model: Path) -> TrainSpec:
-    return make_spec(each.model, model, each.folder, each.rows)
+    spec = make_spec(each.model, model, each.folder, each.rows)
+    return replace(spec, data=replace(spec.data, **each.options))
 
 
 def make_spec(name: str, model: Path, root: Path, train: str) -> TrainSpec:

@@ -1,6 +1,6 @@
 """The golden files: what each peer made of its rows. One folder a set:
 
-    meta.yaml       model (of model.py), rows (the file), what (the peer and its settings), marks (what it trains beside the answers)
+    meta.yaml       model (of model.py), rows (the file), what (the peer and its settings), also_trained (beside the answers), data (options)
     the rows        in their own container, with images of our own
     expected.jsonl  a line a row: {"row", "ids", "trained": [[start, end], …]}, or {"row", "refused": why}
 
@@ -9,7 +9,7 @@ An image is one token in `ids`, whatever the number of its patches.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSet:
-    """`header`, `separator`: whether the peer also trains the opening of an answer, and what follows its end mark, up to the next message."""
+    """`options`: of the data, with which the rows are read as by the peer. `header`, `separator`: whether the peer also trains the opening of an
+    answer, and what follows its end mark, up to the next message."""
 
     folder: Path
     model: str
     rows: str
     header: bool
     separator: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -58,7 +60,14 @@ def find_sets(golden: Path = GOLDEN) -> tuple[PeerSet, ...]:
 def read_set(folder: Path) -> PeerSet:
     meta = yaml.safe_load((folder / META).read_text(encoding="utf-8"))
     also = meta.get("also_trained", ())
-    return PeerSet(folder=folder, model=meta["model"], rows=meta["rows"], header="header" in also, separator="separator" in also)
+    return PeerSet(
+        folder=folder,
+        model=meta["model"],
+        rows=meta["rows"],
+        header="header" in also,
+        separator="separator" in also,
+        options=meta.get("data", {}),
+    )
 
 
 def read_expected(each: PeerSet) -> dict[int, Expected]:

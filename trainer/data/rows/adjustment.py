@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import ImageForm
+from trainer.data.rows.image_form import MOVED, place_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
 from trainer.data.rows.row_images import insert_marks, join_parts
 from trainer.data.rows.row_rules import DEFAULT, RowRules
@@ -48,7 +49,9 @@ def adjust(parsed: ParsedRow, form: ImageForm, rules: RowRules = DEFAULT) -> tup
     marked, placed = place_marks(ordered.turns or (), len(ordered.images), form, rules)
     turns = learn_last(marked) if rules.learn == "last" else marked
     changes = (*placed, *((END_MARK,) if ended != parsed.turns else ()), *reordered, *((LEARNED_LAST,) if turns != marked else ()))
-    return replace(ordered, turns=join_parts(turns, form)), changes
+    joined = join_parts(turns, form)
+    stood = tuple(replace(turn, content=place_images(turn.content, rules.image_place)) if turn.role == "user" else turn for turn in joined)
+    return replace(ordered, turns=stood), (*changes, *((MOVED[rules.image_place],) if stood != joined else ()))
 
 
 def place_marks(turns: tuple[Turn, ...], images: int, form: ImageForm, rules: RowRules) -> tuple[tuple[Turn, ...], tuple[str, ...]]:

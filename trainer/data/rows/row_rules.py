@@ -9,15 +9,16 @@ from trainer.contract import DataSpec
 @dataclass(frozen=True, kw_only=True)
 class RowRules:
     """`unmarked`, `turns`, `learn`: of several images without marks, of messages in another order, and of earlier answers
-    (trainer.data.rows.turn_order)."""
+    (trainer.data.rows.turn_order). `image_place`: of the images of a question (trainer.data.rows.image_form)."""
 
     unmarked: Literal["refuse", "first", "last"] = "refuse"
     turns: Literal["strict", "trim", "join"] = "strict"
     learn: Literal["all", "last"] = "all"
+    image_place: Literal["row", "front", "bare"] = "row"
 
 
 DEFAULT = RowRules()
 
 
 def rules_of(data: DataSpec) -> RowRules:
-    return RowRules(unmarked=data.unmarked, turns=data.turns, learn=data.learn)
+    return RowRules(unmarked=data.unmarked, turns=data.turns, learn=data.learn, image_place=data.image_place)
