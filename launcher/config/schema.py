@@ -262,9 +262,7 @@ class Data:
     unmarked: Literal["refuse", "first", "last"] = "refuse"
     turns: Literal["strict", "trim", "join"] = "strict"
     learn: Literal["all", "last"] = "all"
-    image_place: Literal["row", "front", "bare"] = (
-        "row"  # images of a question: as in the row, at its beginning (LLaVA), without white space (Qwen)
-    )
+    image_place: Literal["row", "front", "bare"] = "row"  # of a question: as in the row, first (LLaVA), without white space (Qwen-VL)
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

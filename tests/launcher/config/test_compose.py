@@ -141,8 +141,9 @@ def test_wrong_overrides_are_reported_together() -> None:
         "the config is refused, 3 overrides are wrong:\n"
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
-        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, builtin, evaluation, images, length_aware, "
-        "max_length, max_pixels, max_tiles, name, packing, padding_free, rows, train, workers\n"
+        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, bad_rows, builtin, evaluation, "
+        "image_place, images, learn, length_aware, max_length, max_pixels, max_tiles, name, packing, padding_free, rows, too_long, train, turns, "
+        "unmarked, workers\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )
 
