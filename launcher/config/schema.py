@@ -274,6 +274,7 @@ class Data:
     reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
     question: str = ""  # of rows that have an image and its caption, and no question
     system: str = "row"  # system message: row = its own, else the template's; default = the template's; none; or a text for every row
+    image_place: Literal["row", "front", "bare"] = "row"  # of a question: as in the row, first (LLaVA), without white space (Qwen-VL)
 
 
 @dataclass(frozen=True, kw_only=True)

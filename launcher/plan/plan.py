@@ -59,7 +59,9 @@ STAGE_KEYS = (
     *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),
 )
-ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn", "truncated_images", "boxes", "reasoning", "question", "system")
+ROW_KEYS = (
+    *("bad_rows", "too_long", "unmarked", "turns", "learn", "truncated_images", "boxes", "reasoning", "question", "system", "image_place"),
+)
 DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation", *ROW_KEYS)
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),

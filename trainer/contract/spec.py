@@ -217,7 +217,7 @@ class DataSpec:
     that they have the proportions of their weights, until the first set, or all of them, are used up (`mixing_stop`). `info`: a dataset_info.json
     that has the names in `train` and `evaluation`. `mirror`: a folder with copies of the data sets of a hub.
     `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
-    `turns`, `learn`, `reasoning`, `question`: how rows are read (trainer.data.rows.row_rules).
+    `turns`, `learn`, `reasoning`, `question`, `image_place`: how rows are read (trainer.data.rows.row_rules).
     `system`: whose system message a conversation has: `row` = its own, or else the default of the chat template; `default` = always that of the
     template; `none`; or a text, for every row.
     """
@@ -254,6 +254,7 @@ class DataSpec:
     reasoning: Literal["keep", "strip"] = "keep"  # of answers, under a key or in a block of its own
     question: str = ""  # of rows with an image and its caption; '' = they are refused
     system: str = "row"
+    image_place: Literal["row", "front", "bare"] = "row"
 
     @property
     def leaves_rows_out(self) -> bool:

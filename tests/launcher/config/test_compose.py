@@ -141,9 +141,9 @@ def test_wrong_overrides_are_reported_together() -> None:
         "the config is refused, 3 overrides are wrong:\n"
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
-        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, bad_rows, boxes, builtin, evaluation, images, "
-        "info, learn, length_aware, max_length, max_pixels, max_samples, max_tiles, mirror, mixing, mixing_stop, name, packing, padding_free, question, "
-        "reasoning, rows, split_seed, system, too_long, train, truncated_images, turns, unmarked, workers\n"
+        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, bad_rows, boxes, builtin, evaluation, "
+        "image_place, images, info, learn, length_aware, max_length, max_pixels, max_samples, max_tiles, mirror, mixing, mixing_stop, name, packing, "
+        "padding_free, question, reasoning, rows, split_seed, system, too_long, train, truncated_images, turns, unmarked, workers\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import ImageForm
+from trainer.data.rows.image_form import MOVED, place_images
 from trainer.data.rows.message.reasoning import STRIPPED
 from trainer.data.rows.message.turn_order import LEARNED_LAST, MARKED_FIRST, MARKED_LAST, learn_last, order_turns
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
@@ -61,7 +62,10 @@ def adjust(parsed: ParsedRow, form: ImageForm, rules: RowRules = DEFAULT) -> tup
     if rules.reasoning == "strip" and any(turn.reasoning for turn in turns):
         turns = tuple(replace(turn, reasoning="") for turn in turns)
         changes.append(STRIPPED)
-    return replace(ordered, turns=join_parts(turns, form)), tuple(dict.fromkeys(changes))
+    joined = join_parts(turns, form)
+    stood = tuple(replace(turn, content=place_images(turn.content, rules.image_place)) if turn.role == "user" else turn for turn in joined)
+    changes += [MOVED[rules.image_place]] if stood != joined else []
+    return replace(ordered, turns=stood), tuple(dict.fromkeys(changes))
 
 
 def trim(turn: Turn) -> Turn:

@@ -1,7 +1,7 @@
 """How images are joined to questions: found in the training rows, and repeated where a question comes without marks."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from trainer.contract import ImageForm
@@ -81,3 +81,33 @@ def describe(form: ImageForm) -> str:
     return (
         f"images are put {describe_side(form)}{between}, {why if form.counted else 'since these weights have no record of training rows'}"
     )
+
+
+# --------------------------------------------------------------------------------------------------------- data.image_place
+
+
+def place_images(question: str, place: str) -> str:
+    """The text of a training question, with as many marks as before. The same rows are read otherwise by the code of their owners:
+
+    row    as it is written
+    front  the marks at the beginning, each on a line of its own, as haotian-liu/LLaVA: llava/train/train.py, preprocess_multimodal
+    bare   without white space around each image and text, as QwenLM/Qwen3-VL: qwen-vl-finetune/qwenvl/data/data_processor.py, _build_messages
+    """
+    return PLACES[place](question)
+
+
+def put_first(question: str) -> str:
+    """A question without an image stays as it is, as in the script of LLaVA."""
+    text = question.replace(MARK, "").strip()
+    return (f"{MARK}\n" * question.count(MARK) + text).strip() if MARK in question else question
+
+
+def strip_parts(question: str) -> str:
+    return MARK.join(map(str.strip, question.split(MARK)))
+
+
+PLACES: dict[str, Callable[[str], str]] = {"row": str, "front": put_first, "bare": strip_parts}
+MOVED = {
+    "front": "questions whose images were put first, on lines of their own",
+    "bare": "questions with white space around images and texts, removed",
+}

@@ -17,7 +17,7 @@ from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.image_path import find_images, path_text
 from trainer.data.rows.inline_image import keep_images
 from trainer.data.rows.known_key import check_keys, refuse_keys
-from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
+from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Role, Row, ToolCall, Turn, kind, printable
 from trainer.data.rows.row_check import check_parsed
 from trainer.data.rows.row_format import USUAL, find_format, known_keys, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
@@ -163,13 +163,7 @@ def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def read_row(
-    row: Any,
-    number: int,
-    source: AnnotationSource,
-    form: ImageForm = LINE_FEED,
-    *,
-    part: int = 0,
-    prefix: str = "",
+    row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED, *, part: int = 0, prefix: str = ""
 ) -> tuple[Sample | None, list[DataProblem]]:
     """The sample, or None and every problem that can be found without decoding an image."""
     problems: list[DataProblem] = []
@@ -179,36 +173,55 @@ def read_row(
         return None, problems
     if source.columns is not None:
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
-    refuse_keys(row, add_problem)
-    row_format, folders = find_format(row, add_problem), (source.images, source.file.parent)
-    parsed, adjustments, ignored, warnings, objects = parse_row(row, row_format, source.rules, add_problem), (), (), (), None
-    if parsed is not None and parsed.images:
-        parsed = replace(parsed, images=keep_images(parsed.images, source.images, source.store, add_problem))
-    if parsed is not None and not report_paths(parsed, row, folders, add_problem):
-        ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
-        parsed, adjustments = adjust(parsed, form, source.rules)
-        parsed, renamed = find_images(parsed, source.images)
-        adjustments += renamed
-        check_parsed(parsed, row, source.images, add_problem)
-        warnings = check_texts(parsed, row, folders, add_problem)
-        objects = read_objects(row, parsed, add_problem)
-    if problems or parsed is None or parsed.turns is None:
+    read = examine_row(row, source, form, add_problem)
+    if problems or read is None or read.parsed.turns is None:
         return None, problems
     identity = number if row.get("id") is None else row["id"]
     return Sample(
         id=str(identity),
-        images=tuple(source.images / path_text(image.name) for image in parsed.images),
-        messages=tuple(map(as_message, parsed.turns)),
+        images=tuple(source.images / path_text(image.name) for image in read.parsed.images),
+        messages=tuple(map(as_message, read.parsed.turns)),
         file=str(source.file),
         row=number,
         part=part,
         accepted=read_accepted(row),
-        tools=parsed.tools,
-        adjustments=adjustments,
-        objects=objects,
-        ignored=ignored,
-        warnings=warnings,
+        tools=read.parsed.tools,
+        adjustments=read.adjustments,
+        objects=read.objects,
+        ignored=read.ignored,
+        warnings=read.warnings,
     ), problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExaminedRow:
+    """A row as it was meant. The fields are those of Sample."""
+
+    parsed: ParsedRow
+    adjustments: tuple[str, ...]
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+    objects: Objects | None
+
+
+def examine_row(row: Row, source: AnnotationSource, form: ImageForm, add_problem: AddProblem) -> ExaminedRow | None:
+    """None for a row that cannot be parsed, or has the paths of its images in its texts."""
+    refuse_keys(row, add_problem)
+    row_format, folders = find_format(row, add_problem), (source.images, source.file.parent)
+    parsed = parse_row(row, row_format, source.rules, add_problem)
+    if parsed is None:
+        return None
+    if parsed.images:
+        parsed = replace(parsed, images=keep_images(parsed.images, source.images, source.store, add_problem))
+    if report_paths(parsed, row, folders, add_problem):
+        return None
+    ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
+    parsed, adjustments = adjust(parsed, form, source.rules)
+    parsed, renamed = find_images(parsed, source.images)
+    check_parsed(parsed, row, source.images, add_problem)
+    warnings = check_texts(parsed, row, folders, add_problem)
+    objects = read_objects(row, parsed, add_problem)
+    return ExaminedRow(parsed=parsed, adjustments=(*adjustments, *renamed), ignored=ignored, warnings=warnings, objects=objects)
 
 
 def as_message(turn: Turn) -> Message:

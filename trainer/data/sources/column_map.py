@@ -45,8 +45,9 @@ class Columns:
         if not isinstance(item, dict):
             return item
         item = {self.message_keys.get(key, key): value for key, value in item.items()}
-        if isinstance(item.get("role"), str):
-            item["role"] = self.roles.get(item["role"], item["role"])
+        for key in ("role", "from"):  # LLaMA-Factory reads `from` where the entry has no role_tag
+            if isinstance(item.get(key), str):
+                item[key] = self.roles.get(item[key], item[key])
         return item
 
     def with_names_of_the_file(self, add_problem: AddProblem) -> AddProblem:

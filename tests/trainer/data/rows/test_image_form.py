@@ -9,8 +9,9 @@ import pytest
 import trainer.data.rows.sample
 from trainer.contract import LINE_FEED, ImageForm
 from trainer.data.rows.adjustment import IMAGE_FIRST, IMAGE_LAST
-from trainer.data.rows.image_form import as_trained, describe, find_form, join_images, most_frequent, name_form
+from trainer.data.rows.image_form import MOVED, PLACES, as_trained, describe, find_form, join_images, most_frequent, name_form, place_images
 from trainer.data.rows.request import read_requests
+from trainer.data.rows.row_rules import RowRules
 from trainer.data.rows.sample import Message, Sample, questions_of, read_samples
 
 NOTHING = ImageForm(separator="", questions=2, counted=2)
@@ -131,3 +132,43 @@ def test_of_a_large_file_evenly_spread_rows_are_counted(monkeypatch: pytest.Monk
         for n in range(7)
     ]
     assert list(questions_of(samples)) == ["0?", "3?", "6?"] and list(questions_of(samples[:3])) == ["0?", "1?", "2?"]
+
+
+# question -> with image_place=front, with image_place=bare
+PLACED = {
+    "<image>\nWhich?": ("<image>\nWhich?", "<image>Which?"),
+    "Which?\n<image>": ("<image>\nWhich?", "Which?<image>"),
+    "<image> Which? ": ("<image>\nWhich?", "<image>Which?"),
+    "<image>Which?": ("<image>\nWhich?", "<image>Which?"),
+    "<image>\n<image>\nWhat differs?": ("<image>\n<image>\nWhat differs?", "<image><image>What differs?"),
+    "First <image> then <image>: which?": ("<image>\n<image>\nFirst  then : which?", "First<image>then<image>: which?"),
+    "<image>": ("<image>", "<image>"),
+    "  No image. ": ("  No image. ", "No image."),
+}
+
+
+@pytest.mark.parametrize("question", PLACED)
+def test_places_of_images(question: str) -> None:
+    front, bare = PLACED[question]
+    assert (place_images(question, "front"), place_images(question, "bare")) == (front, bare)
+    assert place_images(question, "row") == question
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("question", PLACED)
+def test_no_image_is_lost_and_a_second_time_changes_nothing(question: str, place: str) -> None:
+    once = place_images(question, place)
+    assert once.count("<image>") == question.count("<image>")
+    assert place_images(once, place) == once
+
+
+@pytest.mark.parametrize("place", MOVED)
+def test_rows_are_read_with_their_images_elsewhere_and_counted(tmp_path: Path, place: str) -> None:
+    rows = [{"conversations": [{"from": "human", "value": "Which?\n<image>"}, {"from": "gpt", "value": " One "}], "image": "a.png"}]
+    (tmp_path / "a.png").touch()
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (sample,), problems = read_samples(tmp_path / "rows.json", tmp_path, rules=RowRules(image_place=place))
+    assert problems == () and sample.adjustments == (MOVED[place],)
+    assert [message.content for message in sample.messages] == [place_images("Which?\n<image>", place), " One "]
+    (as_written,), _ = read_samples(tmp_path / "rows.json", tmp_path)
+    assert as_written.messages[0].content == "Which?\n<image>" and as_written.adjustments == ()

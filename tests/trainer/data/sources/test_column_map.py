@@ -107,3 +107,13 @@ def test_another_map_changes_the_hash(tmp_path: Path) -> None:
     assert hash_sources(rows, tmp_path) == before
     read(tmp_path, {"mine": {**info, "tags": TAGS | {"user_tag": "clerk", "assistant_tag": "customer"}}}, ROW)
     assert hash_sources(rows, tmp_path) != before
+
+
+def test_roles_of_messages_with_from_and_value(tmp_path: Path) -> None:
+    """hiyouga/LlamaFactory#2381: names of roles without a role_tag, whose default is `from`."""
+    info = {"columns": {"messages": "conversations"}, "file_name": "rows.json", "tags": {"user_tag": "hummany", "assistant_tag": "gpt"}}
+    turns = [{"from": "hummany", "value": "A town?"}, {"from": "gpt", "value": "Ulm."}]
+    (tmp_path / INFO_FILE).write_text(json.dumps({"mine": info}))
+    columns, problems = find_columns(tmp_path / "rows.json")
+    assert columns is not None and problems == ()
+    assert [item["from"] for item in columns.rename({"conversations": turns})["messages"]] == ["user", "assistant"]
