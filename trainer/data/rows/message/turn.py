@@ -8,7 +8,7 @@ from typing import Any
 from trainer.data.rows.message.loss_flag import read_loss
 from trainer.data.rows.message.reasoning import is_reasoning, read_reasoning
 from trainer.data.rows.message.role import ReadRole, find_role, suggest_role
-from trainer.data.rows.message.tool import read_calls, split_calls
+from trainer.data.rows.message.tool import make_calls, read_calls, split_calls
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, ToolCall, Turn, keys_of, kind, quote
 
 # Of a block {"type": "image", KEY: path}: transformers' chat templates use the first three, ms-swift and OpenAI the last.
@@ -71,6 +71,8 @@ def read_more(item: Row, role: ReadRole, field: str, text_key: str, add_problem:
     if calls and role.role != "assistant":
         add_problem(field, f"the role {role.role} with calls of tools", 'only "assistant" calls tools')
         return None
+    value, called = take_calls(value, field, add_problem)
+    calls = None if calls is None or called is None else (*calls, *called)
     reasoning = read_reasoning(item, role.role, field, add_problem)
     in_loss = read_loss(item, role.role, field, add_problem)
     content: Content | None = None
@@ -97,6 +99,20 @@ def read_more(item: Row, role: ReadRole, field: str, text_key: str, add_problem:
         calls=calls,
         adjustments=tuple(filter(None, adjustments)),
     ), content[1]
+
+
+def take_calls(value: Any, field: str, add_problem: AddProblem) -> tuple[Any, tuple[ToolCall, ...] | None]:
+    """The blocks of an answer that are not calls, and the calls: {"type": "tool_call", "value": JSON} of LLaMA-Factory (data/v1_sft_demo.jsonl)."""
+    found = [block for block in value if is_call(block)] if isinstance(value, list) else []
+    if not found:
+        return value, ()
+    read = [make_calls(block.get("value"), field, add_problem) for block in found]
+    calls = None if None in read else tuple(call for each in read if each for call in each)
+    return [block for block in value if not is_call(block)], calls
+
+
+def is_call(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "tool_call"
 
 
 def differ(item: Row, first: str, second: str) -> bool:
@@ -146,6 +162,7 @@ def read_block(block: Any, field: str, add_problem: AddProblem) -> tuple[str, Im
     if not isinstance(block, dict):
         add_problem(field, f"is {kind(block)}, not an object", 'write {"type": "text" or "image", ...}')
         return None
+    block = rename_value(block)
     if block.get("type") == "text" or ("type" not in block and "text" in block):
         if not isinstance(block.get("text"), str):
             add_problem(f"{field}.text", f"is {kind(block.get('text'))}, not a string", WRITE_TEXT)
@@ -157,6 +174,14 @@ def read_block(block: Any, field: str, add_problem: AddProblem) -> tuple[str, Im
         return MARK, ImageReference(name=path_of(name), field=f"{field}.{given[0]}" if given else field)
     add_problem(field, describe_block(block, given), 'a block is {"type": "text", "text": ...} or {"type": "image", "image": PATH}')
     return None
+
+
+def rename_value(block: Row) -> Row:
+    """LLaMA-Factory writes the text and the path of a block under `value` (data/v1_sft_demo.jsonl, data/v1_multimodal_demo.jsonl)."""
+    if "value" not in block or block.get("type") not in ("text", *IMAGE_TYPES):
+        return block
+    key = "text" if block["type"] == "text" else "image"
+    return {**{name: item for name, item in block.items() if name != "value"}, key: block.get(key, block["value"])}
 
 
 def path_of(item: Any) -> Any:
