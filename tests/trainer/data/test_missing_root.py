@@ -38,7 +38,7 @@ def fix_of(spec: TrainSpec) -> str:
 # names in the rows, folder of the images below tmp_path, whether the folder is given
 PLACES: dict[str, tuple[str, str, str]] = {
     "in a folder beside the rows": ("{}.png", "pictures", ""),
-    "the given folder is one too deep": ("pictures/{}.png", "pictures", "pictures"),
+    "the given folder is one too deep": ("pictures/{}.png", "pictures", "pictures/deep"),
     "the given folder is another one": ("{}.png", "pictures", "empty"),
 }
 
@@ -48,6 +48,7 @@ def test_the_override_finds_them(name: str, spec: TrainSpec, tmp_path: Path) -> 
     pattern, folder, images = PLACES[name]
     draw(tmp_path / folder)
     (tmp_path / "empty").mkdir()
+    (tmp_path / images).mkdir(parents=True, exist_ok=True)
     write_rows(tmp_path, [pattern.format(number) for number in range(6)])
     given = with_data(spec, images=images)
     assert len(check_data(given).problems) == 6

@@ -48,11 +48,10 @@ def test_each_row_is_equal_or_its_difference_is_known(name: str, models: Path) -
 
 
 def agrees(row: Compared, entry: dict[str, Any] | None) -> bool:
-    """A row that waits for another part may be equal already."""
     if entry is None:
         return row.outcome in SAME
     known = entry["outcome"]
-    return row.outcome in ([known] if isinstance(known, str) else known) or ("waits_for" in entry and row.outcome in SAME)
+    return row.outcome in ([known] if isinstance(known, str) else known)
 
 
 def test_the_share_of_equal_rows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,14 +61,13 @@ def test_the_share_of_equal_rows(models: Path, capsys: pytest.CaptureFixture[str
     entries = [(row, read_differences().get(name, {}).get(row.row, {})) for name in SETS for row in found[name]]
     counted = [(row, entry) for row, entry in entries if entry.get("counts", True)]
     same = sum(row.outcome in SAME for row, _ in counted)
-    waiting = sum(row.outcome not in SAME and "waits_for" in entry for row, entry in counted)
     assert len(counted) >= 185
-    assert (same + waiting) / len(counted) >= LEAST, f"{same} equal and {waiting} that wait, of {len(counted)}"
+    assert same / len(counted) >= LEAST, f"{same} equal of {len(counted)}"
 
 
 def test_every_difference_says_why_and_names_rows_that_exist() -> None:
     for entry in yaml.safe_load((GOLDEN / "differences.yaml").read_text(encoding="utf-8")):
-        assert set(entry) <= {"sets", "rows", "outcome", "why", "waits_for", "counts"} and len(entry["why"]) > 20
+        assert set(entry) <= {"sets", "rows", "outcome", "why", "counts"} and len(entry["why"]) > 20
         for name in entry["sets"]:
             assert name in SETS
             assert entry["rows"] == "all" or set(entry["rows"]) <= set(rows_of(SETS[name]))

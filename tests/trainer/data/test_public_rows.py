@@ -18,7 +18,7 @@ from trainer.data.rows.sample import Sample, read_samples
 TABLES = {
     name: yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("public_rows", "case_rows")
 }
-KEYS = {"name", "source", "wants", "waits_for", "images", "data", "files", "expect"}
+KEYS = {"name", "source", "wants", "images", "data", "files", "expect"}
 EXPECTED = {"samples", "roles", "images", "learned", "reasoning", "calls", "text", "adjusted", "problems", "problem", "report_rows"}
 
 
@@ -41,11 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parameters() -> list[Any]:
-    def marks(entry: dict[str, Any]) -> Any:
-        waits = entry.get("waits_for")
-        return pytest.mark.xfail(reason=f"waits for {waits}", strict=False) if waits else ()
-
-    return [pytest.param(entry, id=entry["name"], marks=marks(entry)) for table in TABLES.values() for entry in table]
+    return [pytest.param(entry, id=entry["name"]) for table in TABLES.values() for entry in table]
 
 
 @pytest.mark.parametrize("entry", parameters())

@@ -74,7 +74,7 @@ def read_question(row: Row, add_problem: AddProblem) -> ParsedRow:
 
 def read_prompt(row: Row, add_problem: AddProblem) -> ParsedRow:
     """TRL's prompt and completion, as texts or as lists of messages, of which only the completion is learned."""
-    answer_key = "completion" if "completion" in row else "response"
+    answer_key = next((key for key in ("completion", "response") if key in row), "answer")
     if not isinstance(row["prompt"], list):
         return read_pair(row, "prompt", row["prompt"], answer_key, add_problem, file_name=True)
     asked, first = read_turns(row, "prompt", add_problem)

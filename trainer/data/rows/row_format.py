@@ -245,9 +245,9 @@ ROW_FORMATS = (
     RowFormat(
         name="prompt and completion",
         key="prompt",
-        fits=lambda row: "completion" in row or "response" in row,
+        fits=lambda row: "completion" in row or "response" in row or "answer" in row,
         read=read_prompt,
-        texts=("completion", "response", "file_name", "history"),
+        texts=("completion", "response", "answer", "file_name", "history"),
         example='{"image": "a.png", "prompt": "<image>\\n...", "completion": "..."}',
     ),
     RowFormat(

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.data.rows.adjustment import SUFFIX, WITHIN, is_image
-from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, Turn
+from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn
 
 # modelscope/ms-swift and hiyouga/LLaMA-Factory replace these by the media of the row, ms-swift the last two by its `objects`.
 MEDIA_MARKS, GROUNDING_MARKS = ("<video>", "<audio>"), ("<bbox>", "<ref-object>")
+# What stands for an image in rows of other models: mPLUG-DocOwl and Llama 3.2, Phi-3-vision, Gemma 3, Janus.
+IMAGE_MARKS = ("<|image|>", "<|image_1|>", "<start_of_image>", "<image_placeholder>")
 # Of ChatML and its relatives, Llama 3, Gemma, Phi and Zephyr, and of Qwen-VL's images.
 TOKENS = (
     *(
@@ -27,7 +29,9 @@ TOKENS = (
     ),
     *("|assistant|", "|system|", "|end|", "|vision_start|", "|vision_end|", "|image_pad|", "|video_pad|", "IMG_CONTEXT"),
 )
-ANGLED = re.compile(f"<(?:{'|'.join(map(re.escape, (*TOKENS, *(mark[1:-1] for mark in (*MEDIA_MARKS, *GROUNDING_MARKS)))))})>")
+ANGLED = re.compile(
+    f"<(?:{'|'.join(map(re.escape, (*TOKENS, *(mark[1:-1] for mark in (*MEDIA_MARKS, *GROUNDING_MARKS, *IMAGE_MARKS)))))})>"
+)
 # Each with a colon or a bracket, and what must be in the text too. Llama 2, Vicuna before and since 1.1, Alpaca.
 PLAIN = (
     ("[INST]", ""),
@@ -67,6 +71,8 @@ def find_angled(turn: Turn, row: Row, add_problem: AddProblem) -> Iterator[str]:
             add_problem(
                 turn.text_field, f"a mark {mark} without its {mark[1:-1]}", "only images are supported: remove the row, or the mark"
             )
+        elif mark in IMAGE_MARKS and turn.role == "user" and not is_about(mark, turn.content):
+            add_problem(turn.text_field, f"{mark} is the mark of an image in rows of another model", f"write {MARK} in its place")
         elif mark in GROUNDING_MARKS and not row.get("objects") and not is_about(mark, turn.content):
             add_problem(turn.text_field, f"a mark {mark} without objects of the row", "write the box or the name into the text")
         elif mark in MEDIA_MARKS or mark in GROUNDING_MARKS:

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.trainer.data.conftest import with_data
 from tests.trainer.models.conftest import model_spec
 from trainer.contract import DataProblem, InputRefused
+from trainer.data.check import needed, resolve
 from trainer.data.examination import DataExamination
 from trainer.data.grounding.box_form import find_form
 from trainer.data.grounding.placement import Placement, find_box_problems
@@ -88,9 +89,9 @@ def test_rounding_is_that_of_the_published_code(read: Read) -> None:
 
 
 @pytest.mark.parametrize("text", ["<bbox> is a tag", "a <ref-object> here"])
-def test_marks_without_objects_are_text(read: Read, text: str) -> None:
-    (sample,), problems = read(text, question="Say it.")
-    assert problems == () and sample.objects is None and place_unchanged(sample)
+def test_marks_without_objects_are_a_problem(read: Read, text: str) -> None:
+    samples, (problem,) = read(text, question="Say it.")
+    assert samples == () and "objects" in f"{problem.problem} {problem.fix}"
 
 
 def place_unchanged(sample: Sample) -> bool:
@@ -206,13 +207,14 @@ def test_boxes_that_do_not_fit_are_refused(read: Read, case: tuple[str, str, int
 def test_the_check_reports_boxes_and_counts_conversions(read: Read, spec: Any, tmp_path: Path) -> None:
     read("<bbox>", {"ref": ["dog"], "bbox": [[10, 10, 201, 30]]})
     examined = DataExamination(with_data(spec, train=str(tmp_path / "rows.jsonl")), print)
-    examined.read(tmp_path / "rows.jsonl", None, lambda _: tmp_path)
+    examined.lengths = LengthTally(spec, unmeasured="the model of this test has no sizes")
+    examined.read(needed(examined.spec, resolve(examined.spec.data)))
     (problem,) = [each for each in examined.problems if each.row]
     assert (problem.row, problem.field) == (1, "objects.bbox[0]")
     read("[10, 10, 50, 30]", question="Where?")
     examined = DataExamination(with_data(spec, train=str(tmp_path / "rows.jsonl"), boxes="original"), print)
     examined.lengths = LengthTally(spec, unmeasured="the model of this test has no sizes")
-    examined.read(tmp_path / "rows.jsonl", None, lambda _: tmp_path)
+    examined.read(needed(examined.spec, resolve(examined.spec.data)))
     assert dict(examined.samples.adjustments) == {"boxes in the text, converted from pixels of the image file to the form of the model": 1}
 
 

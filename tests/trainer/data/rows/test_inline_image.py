@@ -111,25 +111,24 @@ def test_questions_to_infer(tmp_path: Path) -> None:
     assert request.images[0].read_bytes() == PNG and request.messages[0].content == "<image>\nWhat?"
 
 
+LEFT_OUT = ("empty entry of a list of images, left out",)
 EMPTY = {
-    "an empty path": {"image": ""},
-    "null in a list": {"images": [None]},
-    "empty in a list": {"images": ["", None]},
+    "an empty path": ({"image": ""}, ()),
+    "null in a list": ({"images": [None]}, LEFT_OUT),
+    "empty in a list": ({"images": ["", None]}, LEFT_OUT),
 }
 
 
 @pytest.mark.parametrize("name", EMPTY)
 def test_an_empty_image_in_a_row_without_a_mark_is_no_image(tmp_path: Path, name: str) -> None:
-    row = {"messages": [{"role": "user", "content": "a"}, ANSWER], **EMPTY[name]}
-    (sample,), problems = read(tmp_path, row)
-    assert (
-        problems == () and sample.images == () and sample.adjustments == ("an empty image path in a row without a mark, read as no image",)
-    )
-    assert read(tmp_path, asked(**EMPTY[name]))[1], "with a mark it is a problem"
+    given, adjustments = EMPTY[name]
+    (sample,), problems = read(tmp_path, {"messages": [{"role": "user", "content": "a"}, ANSWER], **given})
+    assert (problems, sample.images, sample.adjustments) == ((), (), adjustments)
+    assert read(tmp_path, asked(**given))[1], "with a mark it is a problem"
 
 
 def test_several_paths_in_one_text(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(PNG)
     row = {"messages": [{"role": "user", "content": "<image><image>?"}, ANSWER], "images": ["a.png, b.png"]}
-    assert 'write several images as a list: ["a.png", "b.png"]' in read(tmp_path, row)[1][0].fix
+    assert 'write a list: ["a.png", "b.png"]' in read(tmp_path, row)[1][0].fix
