@@ -173,9 +173,10 @@ def describe_lengths(summary: DataSummary, limit: int) -> str:
     if summary.unmeasured:
         return f"not counted: {summary.unmeasured}"
     share = 100 * summary.image_tokens / summary.tokens if summary.tokens else 0.0
+    estimated = f"; {summary.estimated_lengths:,} short rows estimated from their characters" if summary.estimated_lengths else ""
     return (
         f"p50 {summary.length_p50:,}, p95 {summary.length_p95:,}, longest {summary.length_max:,} of {limit:,} tokens; "
-        f"{share:.0f} % of all {summary.tokens:,} are images"
+        f"{share:.0f} % of all {summary.tokens:,} are images{estimated}"
     )
 
 

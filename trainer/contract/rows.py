@@ -98,7 +98,8 @@ class DataSummary:
     number of images that are rotated upright or converted to RGB. Lengths are tokens of a whole sample, image tokens included; all 0 where
     `unmeasured` says why they were not counted. `trained_tokens`: those in the loss, about. `adjustments`: what was read otherwise than it
     is written -> number of rows. `ignored_keys`: keys of rows, messages and blocks that are not read -> number of rows.
-    `warnings`: what texts hold that may not be meant as text -> number of rows."""
+    `warnings`: what texts hold that may not be meant as text -> number of rows. `estimated_lengths`: rows of a large set whose tokens were
+    estimated from their characters."""
 
     rows: int = 0
     rows_with_images: int = 0
@@ -112,6 +113,7 @@ class DataSummary:
     image_tokens: int = 0
     unmeasured: str = ""
     trained_tokens: int = 0
+    estimated_lengths: int = 0
     adjustments: dict[str, int] = field(default_factory=dict)
     ignored_keys: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)

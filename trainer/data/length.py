@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # samples whose texts and ids are in memory at a time
 SLACK = 8  # tokens that tokenizing a segment separately may add
+FULL = 20_000  # samples of which the tokens of every text are counted
+EACH = 8  # of further ones that cannot be too long, each 8th is counted, and the others are estimated from their characters
 REPLACE = "use the tokenizer and processor that belong to the model"
 
 
@@ -48,7 +50,8 @@ class Measured:
 class Lengths:
     """`tokens` of each sample, including its `image_tokens`, in the order of the samples. A text is tokenized as a whole, which may give a
     token or two less per message than the model gets. `trained`: tokens in the loss of all samples, from the answers tokenized alone.
-    `unmeasured`: the reason when there are no lengths. `warnings`: about special tokens in texts -> number of rows."""
+    `unmeasured`: the reason when there are no lengths. `warnings`: about special tokens in texts -> number of rows. `estimated`: samples whose
+    tokens were not counted."""
 
     tokens: Sequence[int] = ()
     image_tokens: Sequence[int] = ()
@@ -56,6 +59,7 @@ class Lengths:
     problems: tuple[DataProblem, ...] = ()
     unmeasured: str = ""
     warnings: dict[str, int] = field(default_factory=dict)
+    estimated: int = 0
 
 
 class LengthTally:
@@ -71,6 +75,8 @@ class LengthTally:
         self.cut: list[tuple[Sample, int]] = []  # and the tokens of the whole sample
         self.special: SpecialTokens | None = None
         self.warnings: Tally[str] = Tally()
+        self.seen = self.estimated = 0
+        self.characters = self.text_tokens = 0  # of the ASCII texts that were counted
 
     def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]], *, training: bool = True) -> None:
         """`training`: only training samples are cut; of the others the last answer must be whole."""
@@ -102,6 +108,7 @@ class LengthTally:
             problems=tuple(self.problems),
             unmeasured=reason,
             warnings=dict(self.warnings),
+            estimated=self.estimated,
         )
 
     def _begin(self) -> bool:
@@ -139,17 +146,14 @@ class LengthTally:
         placed = [placement.place(sample, [sizes(path) for path in sample.images]) for sample in samples]
         samples, cuts, unwritten = counter.cut(placed)
         self.problems += unwritten
-        for sample, segments, count, trained in zip(samples, cuts, *counter.count(cuts), strict=True):
-            if self.special is not None:
-                wrong, counted = self.special.find(sample)
-                self.problems += wrong
-                self.warnings.update(counted)
-            spans = [processor.span(sizes(path), index) for index, path in enumerate(sample.images)]
-            images = sum(map(len, spans))
-            length = count + images - len(spans)
-            found = Measured(tokens=length, image_tokens=images, whole=length, trained=trained)
-            if exact or length + SLACK * len(segments) > counter.max_length:
-                found = counter.count_exactly(sample, segments, spans, trained, cuts=training and data.too_long == "cut")
+        spans = [[processor.span(sizes(path), index) for index, path in enumerate(sample.images)] for sample in samples]
+        chosen = [exact or self._is_counted(segments, own) for segments, own in zip(cuts, spans, strict=True)]
+        counts = zip(*counter.count([segments for segments, counted in zip(cuts, chosen, strict=True) if counted]), strict=True)
+        for sample, segments, own, is_counted in zip(samples, cuts, spans, chosen, strict=True):
+            self._find_special(sample)
+            found = self._count(segments, own, *next(counts)) if is_counted else self._estimate(segments, own)
+            if exact or (is_counted and found.tokens + SLACK * len(segments) > counter.max_length):
+                found = counter.count_exactly(sample, segments, own, found.trained, cuts=training and data.too_long == "cut")
             if found.problem is not None:
                 skips = found.too_long and (data.too_long == "skip" or (data.too_long == "cut" and not training))
                 (self.too_long if skips else self.problems).append(counter.problem(sample, *found.problem))
@@ -160,6 +164,37 @@ class LengthTally:
             self.tokens.append(found.tokens)
             self.image_tokens.append(found.image_tokens)
             self.trained += found.trained
+
+    def _find_special(self, sample: Sample) -> None:
+        if self.special is not None:
+            wrong, counted = self.special.find(sample)
+            self.problems += wrong
+            self.warnings.update(counted)
+
+    def _is_counted(self, segments: Sequence[Segment], spans: Sequence[Sequence[int]]) -> bool:
+        """No tokenizer makes more tokens of ASCII text than it has characters; of other text it may, since a character has several bytes."""
+        self.seen += 1
+        if self.seen <= FULL or self.seen % EACH == 0:
+            return True
+        most = sum(len(segment.text) for segment in segments) + SLACK * len(segments) + sum(map(len, spans))
+        return most > self.spec.data.max_length or not all(segment.text.isascii() for segment in segments)
+
+    def _count(self, segments: Sequence[Segment], spans: Sequence[Sequence[int]], count: int, trained: int) -> Measured:
+        """`count`: the tokens of the text, in which an image is one; `trained`: of its answers."""
+        if all(segment.text.isascii() for segment in segments):  # as those that are estimated
+            self.characters += sum(len(segment.text) for segment in segments)
+            self.text_tokens += count
+        images = sum(map(len, spans))
+        length = count + images - len(spans)
+        return Measured(tokens=length, image_tokens=images, whole=length, trained=trained)
+
+    def _estimate(self, segments: Sequence[Segment], spans: Sequence[Sequence[int]]) -> Measured:
+        """With as many tokens a character as in the ASCII texts that were counted."""
+        self.estimated += 1
+        rate, images = self.text_tokens / max(1, self.characters), sum(map(len, spans))
+        length = round(rate * sum(len(segment.text) for segment in segments)) + images - len(spans)
+        trained = round(rate * sum(len(segment.text) for segment in segments if segment.in_loss))
+        return Measured(tokens=length, image_tokens=images, whole=length, trained=trained)
 
 
 def open_processor(spec: TrainSpec) -> "Processor":

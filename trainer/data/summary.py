@@ -51,6 +51,7 @@ def summarise(samples: SampleTally, images: Collection[Examined], lengths: Lengt
         ignored_keys=dict(sorted(samples.ignored.items())),
         warnings=dict(sorted((samples.warnings + Counter(lengths.warnings)).items())),
         trained_tokens=lengths.trained,
+        estimated_lengths=lengths.estimated,
     )
 
 

@@ -197,3 +197,19 @@ def test_a_model_that_was_not_downloaded_is_asked_for_in_plain_words(spec: Any, 
         in said
     )
     assert "local_files_only" not in said
+
+
+def test_of_a_large_set_only_rows_that_may_be_too_long_are_all_counted(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones are estimated, and every row that is too long is found wherever it is."""
+    monkeypatch.setattr("trainer.data.length.FULL", 16)
+    rng = Random(5)
+    talks = [talk("How many?" * rng.randint(1, 9), "word " * rng.randint(1, 9), row=row) for row in range(1, 401)]
+    long = {50: "word " * 200, 123: "猫" * 180, 399: "word " * 190}
+    talks = [talk("How?", long[sample.row], row=sample.row) if sample.row in long else sample for sample in talks]
+    found = measure_with(processor, talks, SIZES, VICUNA, "<image>", max_length=400)
+    assert {problem.row for problem in found.problems} == set(long)
+    monkeypatch.undo()
+    exact = measure_with(processor, talks, SIZES, VICUNA, "<image>", max_length=400)
+    assert {problem.row for problem in exact.problems} == set(long) and exact.estimated == 0
+    assert 250 < found.estimated < 360 and len(found.tokens) == len(exact.tokens)
+    assert sum(found.tokens) == pytest.approx(sum(exact.tokens), rel=0.05) and found.trained == pytest.approx(exact.trained, rel=0.15)

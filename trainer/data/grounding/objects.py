@@ -31,9 +31,11 @@ class Objects:
 
 def read_objects(row: Row, parsed: ParsedRow, add_problem: AddProblem) -> Objects | None:
     """None without marks in the texts: then the key says nothing about them. What is wrong is reported."""
+    if not row.get("objects"):
+        return None
     texts = [turn.content for turn in parsed.turns or ()]
     marks = {mark: sum(text.count(mark) for text in texts) for mark in (BOX, REF)}
-    if not row.get("objects") or not any(marks.values()):
+    if not any(marks.values()):
         return None
     given = row["objects"]
     if isinstance(given, str):  # a column of a table

@@ -55,17 +55,24 @@ def adjust(parsed: ParsedRow, form: ImageForm, rules: RowRules = DEFAULT) -> tup
     given = parsed.turns
     changes = [*parsed.adjustments, *(name for turn in given if turn.adjustments for name in turn.adjustments)]
     ended = tuple(trim(turn) if turn.role == "assistant" else turn for turn in given)
-    ordered, reordered = order_turns(replace(parsed, turns=ended), rules)
+    ordered, reordered = order_turns(with_turns(parsed, ended), rules)
     marked, placed = place_marks(ordered.turns or (), len(ordered.images), form, rules)
     turns = learn_last(marked) if rules.learn == "last" else marked
     changes += [*placed, *((END_MARK,) if ended != given else ()), *reordered, *((LEARNED_LAST,) if turns != marked else ())]
     if rules.reasoning == "strip" and any(turn.reasoning for turn in turns):
         turns = tuple(replace(turn, reasoning="") for turn in turns)
         changes.append(STRIPPED)
-    joined = join_parts(turns, form)
-    stood = tuple(replace(turn, content=place_images(turn.content, rules.image_place)) if turn.role == "user" else turn for turn in joined)
-    changes += [MOVED[rules.image_place]] if stood != joined else []
-    return replace(ordered, turns=stood), tuple(dict.fromkeys(changes))
+    stood = joined = join_parts(turns, form)
+    if rules.image_place != "row":
+        stood = tuple(
+            replace(turn, content=place_images(turn.content, rules.image_place)) if turn.role == "user" else turn for turn in joined
+        )
+        changes += [MOVED[rules.image_place]] if stood != joined else []
+    return with_turns(ordered, stood), tuple(dict.fromkeys(changes))
+
+
+def with_turns(parsed: ParsedRow, turns: tuple[Turn, ...]) -> ParsedRow:
+    return parsed if turns == parsed.turns else replace(parsed, turns=turns)
 
 
 def trim(turn: Turn) -> Turn:

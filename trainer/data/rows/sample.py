@@ -211,8 +211,8 @@ def examine_row(row: Row, source: AnnotationSource, form: ImageForm, add_problem
     parsed = parse_row(row, row_format, source.rules, add_problem)
     if parsed is None:
         return None
-    if parsed.images:
-        parsed = replace(parsed, images=keep_images(parsed.images, source.images, source.store, add_problem))
+    kept = keep_images(parsed.images, source.images, source.store, add_problem)
+    parsed = parsed if kept == parsed.images else replace(parsed, images=kept)
     if report_paths(parsed, row, folders, add_problem):
         return None
     ignored = check_keys(row, known_keys(row_format), parsed, folders, add_problem)
