@@ -28,7 +28,7 @@ RECORDED = re.compile(r"20\d{6}-\d{4}(\d\d-[\w-]+)?")  # a run id, or the beginn
 STEP_OF_RUN = re.compile(r"[\w-]+/\d+")
 KEYS_OF_RUNS = ("stage.checkpoint", "run.evaluation.base", "RESUME", "RUN")
 # Verbs that start runs, change nodes or need an engine: of `launch` the plan is made, of the others options and overrides are read.
-READ_ONLY = ("attach", "stop", "rerun", "bench", "bench-rerun", "image", "doctor", "model")
+READ_ONLY = ("attach", "explain", "stop", "rerun", "bench", "bench-rerun", "image", "doctor", "model")
 KEPT_OF_LAUNCH = ("--run-id",)  # the options that plan has too
 
 

@@ -6,6 +6,7 @@ Each finding has a name, the evidence, and the command or override that fixes th
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal
 
 from launcher.check.problem import Problem
@@ -199,11 +200,13 @@ def query_of(plan: Plan, launching: bool) -> NodeQuery:
 
 
 def paths_compared(plan: Plan) -> tuple[str, ...]:
-    """Paths of data and model, which must be the same on all nodes."""
+    """Paths of data and model, which must be the same on all nodes. Of a file of rows not the folder, where images are in one of their own."""
     spec = plan.spec
     named = (entry.file for files in (spec.data.train, spec.data.evaluation) for entry in as_entries(files))
     files = () if spec.data.builtin else tuple(name for name in named if name.startswith("/") and not is_glob(name))
-    return tuple(dict.fromkeys(path for path in (*files, *data_paths(spec), spec.model.source.path, spec.stage.checkpoint) if path))
+    parents = {str(PurePosixPath(file).parent) for file in files} if spec.data.images else set()
+    folders = tuple(path for path in data_paths(spec) if path not in parents or path == spec.data.images)
+    return tuple(dict.fromkeys(path for path in (*files, *folders, spec.model.source.path, spec.stage.checkpoint) if path))
 
 
 def rank_of(plan: Plan, node: Node) -> int | None:

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,19 +94,35 @@ class Downloads:
 
     def get(self, urls: list[str]) -> tuple[dict[str, FetchedImage], dict[str, str], int]:
         """(the images that arrived, why the others did not, bytes)."""
-        with ThreadPoolExecutor(max(1, self.options.jobs), thread_name_prefix="fetch") as pool:
-            try:
-                list(pool.map(self.get_one, enumerate(urls)))
-            except OSError as error:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise ConfigRefused(
-                    f"{self.folder}: {error.strerror}. What arrived is kept: free disk space, and run the command again"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-            finally:
-                write_manifest(self.folder, self.manifest)
+        waiting, stopped, failures = iter(enumerate(urls)), threading.Event(), list[Exception]()
+
+        def work() -> None:
+            """Until none is left, or one of the threads has failed."""
+            while not stopped.is_set():
+                with self.lock:
+                    each = next(waiting, None)
+                if each is None:
+                    return
+                try:
+                    self.get_one(each)
+                except Exception as error:
+                    failures.append(error)
+                    stopped.set()
+
+        threads = [threading.Thread(target=work, name="fetch", daemon=True) for _ in range(max(1, min(self.options.jobs, len(urls))))]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            stopped.set()
+            write_manifest(self.folder, self.manifest)
+        for error in failures[:1]:
+            if isinstance(error, OSError):
+                advice = "What arrived is kept: free disk space, and run the command again"
+                raise ConfigRefused(f"{self.folder}: {error.strerror}. {advice}") from error
+            raise error
         return {url: self.manifest[url] for url in urls if url in self.manifest and url not in self.failed}, self.failed, self.received
 
     def get_one(self, numbered: tuple[int, str]) -> None:

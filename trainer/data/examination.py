@@ -85,7 +85,7 @@ class DataExamination:
     def _read_source(self, source: AnnotationSource, uses: Numbers | None, side: Side, progress: "ReadingProgress") -> SourceTally:
         """`uses`: how often each conversation is used; None: as the source says."""
         tally = SourceTally(source.file, max(1, int(source.repeat)) if uses is None else 1)
-        if side == "evaluation":
+        if side == "evaluation" and uses is None:  # else each row is on one side
             self.left_out.take_over(str(source.file))
         for found in in_chunks(stream_source(source, progress.begin())):
             used = used_part(found, source, tally, uses)

@@ -215,7 +215,7 @@ def test_all_nodes_that_cannot_be_reached_are_named_and_nothing_is_created(tmp_p
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 4, done.stdout + done.stderr
-    assert "ann@127.0.0.2:9" in done.stderr and "ann@127.0.0.3:9" in done.stderr and "Next: ssh" in done.stderr
+    assert "ann@127.0.0.2:9" in done.stderr and "ann@127.0.0.3:9" in done.stderr and "fix: ssh" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.commands import NodeCommand, env_file, node_commands
+from launcher.plan.data.rows import folder_of
 from launcher.plan.plan import Plan, absolute, make_plan, train_spec
 from launcher.record.record import valid_run_id
 from launcher.run.container import write_env_file
@@ -152,8 +153,7 @@ def carries(key: str, text: str, command: NodeCommand, spec: TrainSpec) -> bool:
         return not any(letter in text for letter in "\n\r\0")
     path = text if key == "cluster.mounts.0" else absolute(text, PLACE.here)
     if key in ("data.train", "data.evaluation"):  # the folder is mounted, which has what the file names
-        parent = str(PurePosixPath(path).parent)
-        path = path if parent == "/" else parent
+        path = folder_of(path)
     source = spec.output if key == "cluster.root" else path
     assert source == path or source == absolute(f"{text}/runs/R", PLACE.here)
     return any(word.startswith(f"type=bind,source={source},target={source}") for word in command.start)

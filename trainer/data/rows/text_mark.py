@@ -75,8 +75,10 @@ def find_angled(turn: Turn, row: Row, add_problem: AddProblem) -> Iterator[str]:
             add_problem(turn.text_field, f"{mark} is the mark of an image in rows of another model", f"write {MARK} in its place")
         elif mark in GROUNDING_MARKS and not row.get("objects") and not is_about(mark, turn.content):
             add_problem(turn.text_field, f"a mark {mark} without objects of the row", "write the box or the name into the text")
-        elif mark in MEDIA_MARKS or mark in GROUNDING_MARKS:
+        elif mark in MEDIA_MARKS or (mark in GROUNDING_MARKS and not row.get("objects")):
             yield f"{mark} in a text"
+        elif mark in GROUNDING_MARKS:
+            continue  # filled in by the objects
         else:
             yield f"mark of a chat template in a text: {mark}"
 
