@@ -9,7 +9,19 @@ import argparse
 import sys
 from importlib import import_module, metadata
 
-IMPORTS = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "PIL", "sklearn.metrics", "ninja", "pyarrow.parquet", "pyarrow.ipc")
+IMPORTS = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "PIL",
+    "sklearn.metrics",
+    "ninja",
+    "pyarrow.parquet",
+    "pyarrow.ipc",
+)
 BUILDERS = {"cpu_adam": "CPUAdamBuilder", "deepspeed_shm_comm": "ShareMemCommBuilder"}
 
 

@@ -105,7 +105,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             arguments.say(described.splitlines()[0])
         if left_out:
             arguments.say(describe_causes(report, left_out))
-        arguments.say(describe_problems(problems, arguments.out))
+        arguments.say(describe_problems(problems, arguments.out, report.train_rows + report.evaluation_rows))
         if not problems and (note := describe_few_rows(report, plan.spec)):
             arguments.say(note)
         if plan.spec.stage.kind == "train":
@@ -187,7 +187,7 @@ def describe_causes(report: DataReport, left_out: Sequence[dict[str, Any]]) -> s
     return f"{'left out':10} {contract.describe_left_out(report.left_out)}\n{shown}"
 
 
-def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
+def describe_problems(problems: Sequence[dict[str, Any]], file: str, good_rows: int) -> str:
     if not problems:
         return f"{'problems':10} none"
     found = [contract.decode(contract.DataProblem, problem) for problem in problems]
@@ -195,4 +195,5 @@ def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     shown = "\n".join(f"  {text}" for text in texts)
     rest = f"\n  all of them: {file or 'with --out FILE, one JSON object a line'}" if len(problems) > 1 else ""
     whose = "of the model: " if contract.blame(found) == "model" else ""
-    return f"{'problems':10} {whose}{len(problems):,}\n{shown}{rest}"
+    skip = f"\n  {way}" if (way := contract.suggest_skip(found, good_rows)) else ""
+    return f"{'problems':10} {whose}{len(problems):,}\n{shown}{skip}{rest}"

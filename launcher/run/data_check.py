@@ -28,6 +28,7 @@ from trainer.contract import (
     decode,
     describe_groups,
     describe_left_out,
+    suggest_skip,
 )
 from trainer.contract.listing import describe_changes, list_some
 from trainer.contract.wording import plural
@@ -49,6 +50,8 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     here, there = folder / DATA_PROBLEMS_FILE, PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE
     problems, count = read_problems(here) or report.problems, max(report.problem_count, len(report.problems))
     lines = [f"  {text}" for text in describe_groups(problems, SHOWN_CAUSES)]
+    if len(problems) == count and (way := suggest_skip(problems, report.train_rows + report.evaluation_rows)):
+        lines.append(f"  {way}")
     lines += describe_uses(report, folder)
     lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""

@@ -26,6 +26,16 @@ def blame(problems: Sequence[DataProblem]) -> str:
     return "model" if problems and all(problem.file.startswith(MODEL) for problem in problems) else "data"
 
 
+def suggest_skip(problems: Sequence[DataProblem], good_rows: int) -> str:
+    """How to go on without the rows that have these problems; "" where that would leave less than half of the rows, or a file or the model is the
+    cause. `good_rows`: rows without a problem."""
+    bad_rows = len({(problem.file, problem.row) for problem in problems})
+    if not problems or not all(problem.row for problem in problems) or bad_rows > good_rows:
+        return ""
+    these, are = ("this row", "is") if bad_rows == 1 else ("these rows", "are")
+    return f"or add data.bad_rows=skip: {these} {are} left out and listed, and the others are trained on"
+
+
 def describe_left_out(counts: Mapping[str, int]) -> str:
     """`counts`: as of DataReport.left_out. "3 training rows left out, 1 held-out row cut"."""
     names = {"train": "training row", "evaluation": "held-out row"}

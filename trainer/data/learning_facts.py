@@ -37,15 +37,15 @@ class FactTally:
         """`times`: how often the row is used."""
         for message in sample.messages:
             if message.role == "assistant" and message.in_loss:
-                self.add_answer(message.content.strip(), times)
+                self.add_answer(message.content.strip(), times, told_apart_by=objects_of(sample))
             if message.role == "user" and (form := name_form(message.content)):
                 self.forms[form] += times
         self.rows[digest_of(sample, images)] += times
         self.pictures.update(pictures_of(sample, images))
         self.sided_rows += times * any(names_side(message.content) for message in sample.messages)
 
-    def add_answer(self, text: str, times: int) -> None:
-        key = hash_text(text)
+    def add_answer(self, text: str, times: int, told_apart_by: str) -> None:
+        key = hash_text(f"{text}{told_apart_by}")
         self.answers[key] += times
         self.lengths[len(text)] += times
         if key not in self.texts and (self.answers[key] > 1 or len(self.answers) <= COMMON):
@@ -84,7 +84,12 @@ def digest_of(sample: Sample, images: Mapping[Path, Examined]) -> bytes:
     texts = [text for message in sample.messages for text in (message.role, message.content)]
     if sample.tools or any(message.reasoning or message.calls for message in sample.messages):
         texts += [repr((sample.tools, [(message.reasoning, message.calls) for message in sample.messages]))]
-    return hash_text("\0".join((*pictures_of(sample, images), "", *texts)))
+    return hash_text("\0".join((*pictures_of(sample, images), "", *texts)) + objects_of(sample))
+
+
+def objects_of(sample: Sample) -> str:
+    """What the texts hold once their `<bbox>` are filled in, by which rows of the same words differ. '' for a row without objects."""
+    return f"\0{sample.objects!r}" if sample.objects else ""
 
 
 def hash_text(text: str) -> bytes:

@@ -102,12 +102,19 @@ def test_the_summary() -> None:
 
 def test_problems_without_a_file_to_write_them_to() -> None:
     problem = {"file": "rows.json", "row": 3, "field": "image", "problem": "is 7", "fix": "give a path"}
-    assert describe_problems([problem], "") == "problems   1\n  rows.json row 3, key 'image': is 7\n    give a path"
-    assert describe_problems([problem | {"row": row} for row in range(1, 53)], "").splitlines()[1:] == [
+    assert describe_problems([problem], "", good_rows=0) == "problems   1\n  rows.json row 3, key 'image': is 7\n    give a path"
+    assert describe_problems([problem | {"row": row} for row in range(1, 53)], "", good_rows=51).splitlines()[1:] == [
         "  rows.json, 52 rows (1, 2, 3, ...), key 'image': is 7",
         "    give a path",
         "  all of them: with --out FILE, one JSON object a line",
     ]
+
+
+def test_bad_rows_among_good_ones_can_be_left_out() -> None:
+    problem = {"file": "rows.json", "row": 3, "field": "image", "problem": "is 7", "fix": "give a path"}
+    way = "  or add data.bad_rows=skip: this row is left out and listed, and the others are trained on"
+    assert describe_problems([problem], "", good_rows=9).splitlines()[-1] == way
+    assert "skip" not in describe_problems([problem | {"row": 0}], "", good_rows=9), "a whole file"
 
 
 def test_what_was_adjusted_is_counted_and_too_few_rows_are_noted(plan_for) -> None:
