@@ -14,7 +14,7 @@ from trainer.data.examination import DataExamination, SourceTally
 from trainer.data.kept_check import find_check, keep_check, key_of_check
 from trainer.data.left_out import count_left_out, hash_left_out
 from trainer.data.media.image import hash_file
-from trainer.data.media.store import MediaStore
+from trainer.data.media.store import MediaStore, store_of
 from trainer.data.missing_root import name_roots
 from trainer.data.rows.row_rules import DEFAULT, RowRules, rules_of
 from trainer.data.sources.data_set import DataSet, Side, find_data
@@ -85,9 +85,10 @@ def check_data(spec: TrainSpec, say: Callable[[str], None] = print) -> DataCheck
     `say` gets lines about the progress of a long check. Raises InputRefused for a spec without data.
     """
     prepare(spec.data)
-    sets = needed(spec, resolve(spec.data))
+    paths = resolve(spec.data)
+    sets = needed(spec, replace(paths, store=store_of(spec)))
     began_ns = time.time_ns()
-    key = key_of_check(spec, sets)
+    key = key_of_check(spec, needed(spec, paths))  # without the store, which names the run
     kept = find_check(spec.data, key)
     if kept is None:
         found = examine_sets(spec, sets, say)

@@ -14,7 +14,15 @@ from tests.launcher.planted import result_of, rows_of
 from tests.launcher.run.test_launch import launch
 
 RANKS = ("hardware=cpu", "strategy=ddp", "cluster.devices_per_node=2")
-RUN = ("data=files", "data.max_length=128", "run.steps=3", "stage.optimizer.warmup=1", "stage.global_batch=8", *RANKS)
+RUN = (
+    "data=files",
+    "run.deterministic=true",
+    "data.max_length=128",
+    "run.steps=3",
+    "stage.optimizer.warmup=1",
+    "stage.global_batch=8",
+    *RANKS,
+)
 
 
 def talk(number: int, **image: Any) -> dict[str, Any]:
