@@ -70,12 +70,12 @@ def run_command(command: Callable[[TrainSpec], int], path: Path) -> int:
 def data(spec: TrainSpec) -> int:
     """Write data.json, inputs.json, data_left_out.jsonl if rows are left out, and data_problems.jsonl if there are problems, and print the first
     ones. Raises InputRefused if the data has changed since the run's checkpoints, and in a rerun for other inputs than those of its record."""
-    from trainer.data.check import check_data, resolve
+    from trainer.data.check import check_data, paths_of
     from trainer.data.left_out import write_left_out
     from trainer.data.manifest import list_inputs, refuse_other_inputs
     from trainer.data.row_use import find_uses
 
-    paths = resolve(spec.data)
+    paths = paths_of(spec)
     found = check_data(spec, partial(print, flush=True))
     problems, report = found.problems, replace(found.report, uses=find_uses(spec, paths, found.problems))
     inputs = list_inputs(spec, paths, found.hashes)

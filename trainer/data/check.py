@@ -85,10 +85,9 @@ def check_data(spec: TrainSpec, say: Callable[[str], None] = print) -> DataCheck
     `say` gets lines about the progress of a long check. Raises InputRefused for a spec without data.
     """
     prepare(spec.data)
-    paths = resolve(spec.data)
-    sets = needed(spec, replace(paths, store=store_of(spec)))
+    sets = needed(spec, paths_of(spec))
     began_ns = time.time_ns()
-    key = key_of_check(spec, needed(spec, paths))  # without the store, which names the run
+    key = key_of_check(spec, needed(spec, resolve(spec.data)))  # without the store, which names the run
     kept = find_check(spec.data, key)
     if kept is None:
         found = examine_sets(spec, sets, say)
@@ -138,8 +137,13 @@ def prepare(data: DataSpec) -> None:
         raise InputRefused(f"data.root={data.root}: cannot write the built-in set {data.builtin}: {error}\n    {fix}") from error
 
 
+def paths_of(spec: TrainSpec) -> DataPaths:
+    """As `resolve`, with the store of the run: each part of a run keeps embedded images at the same place, and the record names them below it."""
+    return replace(resolve(spec.data), store=store_of(spec))
+
+
 def resolve(data: DataSpec) -> DataPaths:
-    """Relative paths start at `data.root`."""
+    """Relative paths start at `data.root`. Embedded images are kept in a folder for temporary files."""
     root, data = Path(data.root), with_builtin(data)
     train, evaluation = (next((root / entry.file for entry in as_entries(files)), None) for files in (data.train, data.evaluation))
     images = root / data.images if data.images else None

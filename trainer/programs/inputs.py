@@ -3,7 +3,6 @@
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from trainer.contract import (
@@ -17,10 +16,9 @@ from trainer.contract import (
     WeightsLineage,
     describe_groups,
 )
-from trainer.data.check import DataPaths, prepare, resolve
+from trainer.data.check import DataPaths, paths_of, prepare
 from trainer.data.kept_folder import kept_folder
 from trainer.data.left_out import NOTHING, Rows, Use, find_others, hash_left_out, leave_out, read_left_out, rows_left_out
-from trainer.data.media.store import store_of
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_set
 from trainer.data.rows.row_choice import choose_rows
 from trainer.data.rows.sample import Sample, Samples, read_set
@@ -45,7 +43,7 @@ def prepare_data(spec: TrainSpec) -> DataPaths:
     """Also writes a builtin data set that this node does not have yet."""
     report_phase(2)
     prepare(spec.data)
-    return replace(resolve(spec.data), store=store_of(spec))
+    return paths_of(spec)
 
 
 def load_samples(found: DataSet | None, form: ImageForm = LINE_FEED, left_out: Rows = NOTHING) -> tuple[Sample, ...]:

@@ -1,5 +1,6 @@
 """The files that a run reads, their hashes, and the refusal of other inputs in a rerun."""
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -11,8 +12,9 @@ from tests.trainer.conftest import make_spec
 from trainer.contract import Expectation, InputRefused, Inputs, TrainSpec
 from trainer.contract.listing import describe_changes
 from trainer.data import manifest
-from trainer.data.check import DataPaths, examine_data, resolve
+from trainer.data.check import DataPaths, examine_data, paths_of, resolve
 from trainer.data.manifest import HASHES_FILE, hash_weights_of, list_inputs, refuse_other_inputs
+from trainer.programs.inputs import load_training_samples, prepare_data
 
 INPUTS = Inputs(schema=1, data={}, weights={"model/a.safetensors": "1"})
 
@@ -76,6 +78,20 @@ def test_names_of_files_do_not_depend_on_the_folder(tmp_path: Path) -> None:
     paths = DataPaths(train=tmp_path / "rows/train.json", evaluation=None, images=tmp_path / "images")
     files = {tmp_path / "rows/train.json": "1", tmp_path / "images/a/b.png": "2", tmp_path / "data/digits/x.png": "3"}
     assert list_inputs(spec, paths, files).data == {"a/b.png": "2", "digits/x.png": "3", str(tmp_path / "rows/train.json"): "1"}
+
+
+def test_embedded_images_are_named_below_media_in_the_check_and_the_ranks(digits: Path, tmp_path: Path) -> None:
+    """A record that names a folder of one machine would differ on every other one."""
+    png = next((digits / "digits").rglob("*.png"))
+    code = base64.b64encode(png.read_bytes()).decode()
+    turns = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "four"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "images": [code]}) + "\n")
+    spec = make_spec(tmp_path / "run", tmp_path / "data")
+    spec = replace(spec, data=replace(spec.data, builtin="", train=str(tmp_path / "rows.jsonl"), evaluation="", images=""))
+    paths, (_, _, files) = prepare_data(spec), examine_data(spec)
+    samples, _ = load_training_samples(spec, paths)
+    assert sorted(list_inputs(spec, paths, files).data)[0].startswith("media/")
+    assert samples[0].images[0] in files and paths == paths_of(spec)
 
 
 def test_one_changed_pixel_is_one_changed_file(digits: Path, tmp_path: Path) -> None:
