@@ -6,7 +6,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +16,10 @@ from launcher.errors import NodeFailed
 from launcher.ssh.known_hosts import keys_of, load_known_keys
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import ConnectionPool
-from launcher.ssh.ssh_config import SshFiles, SshSettings, default_settings
+from launcher.ssh.ssh_config import SshFiles, default_settings
 from launcher.ssh.target import find_target, node_of, watch_socket
-from tests.launcher.sshd import USER, Sshd, access_in, free_port, make_key, node_at
-
-Start = Callable[..., Sshd]
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    return make_key(tmp_path / "id_ed25519")
-
-
-@pytest.fixture
-def start(tmp_path: Path, key: Path) -> Iterator[Start]:
-    servers: list[Sshd] = []
-
-    def make(*extra: str) -> Sshd:
-        servers.append(Sshd(tmp_path / f"sshd{len(servers)}", key, *extra))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.end()
-
-
-def echo(node: Node, access: SshSettings) -> str:
-    client = ConnectionPool(access)
-    try:
-        return Ssh(node, client).run(("echo", "here")).output
-    finally:
-        client.close()
-
-
-def failure(node: Node, access: SshSettings) -> str:
-    with pytest.raises(NodeFailed) as caught:
-        echo(node, access)
-    return str(caught.value)
+from tests.launcher.ssh.conftest import Start, echo, failure
+from tests.launcher.sshd import USER, access_in, free_port, make_key, node_at
 
 
 def test_an_unknown_key_is_refused_with_the_line_that_adds_it(start: Start, key: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,43 +17,10 @@ from launcher.ssh.host_certificate import check_certificate
 from launcher.ssh.node import Ssh
 from launcher.ssh.offer import find_gap, own_offer, parse_offer, read_offer
 from launcher.ssh.pool import ConnectionPool
-from launcher.ssh.ssh_config import SshFiles, SshSettings
+from launcher.ssh.ssh_config import SshFiles
 from launcher.ssh.target import find_target
+from tests.launcher.ssh.conftest import Start, echo, failure
 from tests.launcher.sshd import USER, Sshd, access_in, make_key, node_at
-
-Start = Callable[..., Sshd]
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    return make_key(tmp_path / "id_ed25519")
-
-
-@pytest.fixture
-def start(tmp_path: Path, key: Path) -> Iterator[Start]:
-    servers: list[Sshd] = []
-
-    def make(*extra: str) -> Sshd:
-        servers.append(Sshd(tmp_path / f"sshd{len(servers)}", key, *extra))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.end()
-
-
-def echo(node: Node, access: SshSettings) -> str:
-    client = ConnectionPool(access)
-    try:
-        return Ssh(node, client).run(("echo", "here")).output
-    finally:
-        client.close()
-
-
-def failure(node: Node, access: SshSettings) -> str:
-    with pytest.raises(NodeFailed) as caught:
-        echo(node, access)
-    return str(caught.value)
 
 
 def public(key: Path) -> str:
